@@ -1,0 +1,1 @@
+"""A guest: the measuring loader and the tpm0 device."""

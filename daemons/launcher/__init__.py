@@ -1,0 +1,1 @@
+"""Starting, watching and stopping domains: the part of xl, xenstore and the domain builder."""

@@ -1,0 +1,1 @@
+"""The manager: records of every vTPM, sealed to the hardware TPM."""
