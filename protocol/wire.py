@@ -1,0 +1,614 @@
+"""Declare a structure once with construct; read and write it with compiled straight-line code.
+
+A structure is a class whose fields are annotated with construct declarations::
+
+    @wire
+    class PcrSelection:
+        pcr_select: Sized16
+
+`wire` makes it a frozen, slotted, keyword-only dataclass and compiles, once at import, one function
+that decodes it and one that encodes it: runs of fixed-size fields become one `struct` call. The
+construct declaration stays the only source of truth: `construct_of(cls)` gives it, and a property
+test holds the two equal. (A construct parse of a 14-byte command costs 8 us, the compiled one 0.5.)
+
+Invariants:
+- Bytes from outside either decode or raise `DecodeError`, never anything else.
+- Nothing is allocated on the word of a length field before that many bytes are known to be there.
+- `encode(decode(data)) == data` for every accepted input, but for fields that ignore bytes.
+
+Leaves to others: what a structure means (`structures.py`, the commands), frames and sessions.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import (
+    IO,
+    Annotated,
+    Any,
+    TypeVar,
+    cast,
+    dataclass_transform,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+import construct as cs
+
+from protocol.return_codes import ReturnCode
+
+T = TypeVar("T")
+
+
+class DecodeError(Exception):
+    """Bytes from outside are not what the declaration says.
+
+    Attributes:
+        code: The return code a TPM gives for this kind of malformation.
+    """
+
+    def __init__(self, code: ReturnCode, reason: str) -> None:
+        super().__init__(code, reason)
+        self.code = code
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.reason} (TPM_{self.code.name})"
+
+
+class EncodeError(ValueError):
+    """A value does not fit its declaration; our own or the calling program's mistake."""
+
+
+# -- construct declarations that say more than construct's own -------------------------------------
+
+
+class Checked(cs.Adapter):  # type: ignore[type-arg]
+    """A subcon whose value must pass a predicate, else `DecodeError(code)`."""
+
+    def __init__(
+        self, subcon: Any, is_legal: Callable[[Any], bool], code: ReturnCode, reason: str
+    ) -> None:
+        super().__init__(subcon)
+        self.is_legal = is_legal
+        self.code = code
+        self.reason = reason
+
+    def _decode(self, obj: Any, context: Any, path: str) -> Any:
+        if not self.is_legal(obj):
+            raise DecodeError(self.code, self.reason)
+        return obj
+
+    def _encode(self, obj: Any, context: Any, path: str) -> Any:
+        return obj
+
+
+class Mapped(cs.Adapter):  # type: ignore[type-arg]
+    """A subcon whose wire value and Python value differ; both functions are total."""
+
+    def __init__(
+        self, subcon: Any, to_value: Callable[[Any], Any], to_wire: Callable[[Any], Any]
+    ) -> None:
+        super().__init__(subcon)
+        self.to_value = to_value
+        self.to_wire = to_wire
+
+    def _decode(self, obj: Any, context: Any, path: str) -> Any:
+        return self.to_value(obj)
+
+    def _encode(self, obj: Any, context: Any, path: str) -> Any:
+        return self.to_wire(obj)
+
+
+class Nested(cs.Construct):  # type: ignore[type-arg]
+    """Another @wire structure, in place."""
+
+    def __init__(self, structure: type) -> None:
+        super().__init__()
+        self.structure = structure
+
+    def _parse(self, stream: IO[bytes], context: Any, path: str) -> Any:
+        return construct_of(self.structure)._parse(stream, context, path)
+
+    def _build(self, obj: Any, stream: IO[bytes], context: Any, path: str) -> Any:
+        return construct_of(self.structure)._build(obj, stream, context, path)
+
+
+class ByLeadingU16(cs.Construct):  # type: ignore[type-arg]
+    """One of several structures, told apart by their first two bytes (KEY and KEY12, for one)."""
+
+    def __init__(self, cases: Mapping[int, type], default: type) -> None:
+        super().__init__()
+        self.cases = dict(cases)
+        self.default = default
+
+    def _parse(self, stream: IO[bytes], context: Any, path: str) -> Any:
+        start = stream.tell()
+        head = stream.read(2)
+        stream.seek(start)
+        if len(head) < 2:
+            raise _short("a structure tag")
+        structure = self.cases.get(int.from_bytes(head, "big"), self.default)
+        return construct_of(structure)._parse(stream, context, path)
+
+    def _build(self, obj: Any, stream: IO[bytes], context: Any, path: str) -> Any:
+        return construct_of(type(obj))._build(obj, stream, context, path)
+
+
+class Counted(cs.Construct):  # type: ignore[type-arg]
+    """A count and that many items, as a tuple."""
+
+    def __init__(self, count: Any, item: Any) -> None:
+        super().__init__()
+        self.count = count
+        self.item = item
+
+    def _parse(self, stream: IO[bytes], context: Any, path: str) -> Any:
+        number = self.count._parse(stream, context, path)
+        return tuple(self.item._parse(stream, context, path) for _ in range(number))
+
+    def _build(self, obj: Any, stream: IO[bytes], context: Any, path: str) -> Any:
+        self.count._build(len(obj), stream, context, path)
+        for item in obj:
+            self.item._build(item, stream, context, path)
+        return obj
+
+
+def in_sized(structure: type, length: Any = cs.Int32ub) -> Any:
+    """A length and a structure that fills exactly that many bytes."""
+    return _InSized(structure, length)
+
+
+class _InSized(cs.Construct):  # type: ignore[type-arg]
+    def __init__(self, structure: type, length: Any) -> None:
+        super().__init__()
+        self.structure = structure
+        self.length = length
+
+    def _parse(self, stream: IO[bytes], context: Any, path: str) -> Any:
+        inner = cs.Prefixed(self.length, cs.GreedyBytes)._parse(stream, context, path)
+        return decode(self.structure, inner)
+
+    def _build(self, obj: Any, stream: IO[bytes], context: Any, path: str) -> Any:
+        inner = encode(obj)
+        cs.Prefixed(self.length, cs.GreedyBytes)._build(inner, stream, context, path)
+        return obj
+
+
+# -- markers and field types -----------------------------------------------------------------------
+
+
+class Marker:
+    """Says something about a field that is not part of its bytes."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+HANDLE = Marker("HANDLE")
+"""A leading handle: sent before the parameters, left out of the parameter digest."""
+CONSTANT = Marker("CONSTANT")
+"""The field's default is the only legal value; anything else is TPM_INVALID_STRUCTURE."""
+SECRET = Marker("SECRET")
+"""Never shown by repr."""
+
+U8 = Annotated[int, cs.Int8ub]
+U16 = Annotated[int, cs.Int16ub]
+U32 = Annotated[int, cs.Int32ub]
+U64 = Annotated[int, cs.Int64ub]
+U16LE = Annotated[int, cs.Int16ul]
+U32LE = Annotated[int, cs.Int32ul]
+U64LE = Annotated[int, cs.Int64ul]
+ConstU8 = Annotated[int, cs.Int8ub, CONSTANT]
+ConstU16 = Annotated[int, cs.Int16ub, CONSTANT]
+ConstU32 = Annotated[int, cs.Int32ub, CONSTANT]
+Handle = Annotated[int, cs.Int32ub, HANDLE]
+B4 = Annotated[bytes, cs.Bytes(4)]
+B16 = Annotated[bytes, cs.Bytes(16)]
+B32 = Annotated[bytes, cs.Bytes(32)]
+Digest = Annotated[bytes, cs.Bytes(20)]
+Nonce = Annotated[bytes, cs.Bytes(20)]
+EncAuth = Annotated[bytes, cs.Bytes(20)]
+SecretAuth = Annotated[bytes, cs.Bytes(20), SECRET]
+Sized = Annotated[bytes, cs.Prefixed(cs.Int32ub, cs.GreedyBytes)]
+SecretSized = Annotated[bytes, cs.Prefixed(cs.Int32ub, cs.GreedyBytes), SECRET]
+Sized16 = Annotated[bytes, cs.Prefixed(cs.Int16ub, cs.GreedyBytes)]
+Rest = Annotated[bytes, cs.GreedyBytes]
+Bool = Annotated[
+    bool,
+    Mapped(
+        Checked(
+            cs.Int8ub,
+            lambda value: value <= 1,
+            ReturnCode.BAD_PARAMETER,
+            "a BOOL other than 0 or 1",
+        ),
+        bool,
+        int,
+    ),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class WireField:
+    """One field of a structure, as declared."""
+
+    name: str
+    construct: Any
+    markers: frozenset[Marker]
+    default: Any
+
+
+# -- the decorator and its two functions -----------------------------------------------------------
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def wire(cls: type[T]) -> type[T]:
+    """Turn a class of annotated fields into a wire structure.
+
+    Raises:
+        TypeError: A field has no construct declaration, or one that the compiler does not know.
+    """
+    structure = cast("Any", dataclass(frozen=True, slots=True, kw_only=True)(cls))
+    hints = get_type_hints(structure, include_extras=True)
+    declared = tuple(
+        _declared(structure, f.name, hints[f.name], f.default) for f in fields(structure)
+    )
+    structure.__wire_fields__ = declared
+    _Compiler(structure, declared).install()
+    return cast("type[T]", structure)
+
+
+def decode(structure: type[T], data: bytes) -> T:
+    """Read one structure from exactly `data`.
+
+    Raises:
+        DecodeError: BAD_PARAM_SIZE when bytes are missing or left over, else as the field says.
+    """
+    value, end = cast("Any", structure).__wire_decode__(data, 0)
+    if end != len(data):
+        raise DecodeError(
+            ReturnCode.BAD_PARAM_SIZE,
+            f"{len(data) - end} bytes left over after {structure.__name__}",
+        )
+    return cast("T", value)
+
+
+def decode_from(structure: type[T], data: bytes, offset: int) -> tuple[T, int]:
+    """Read one structure from `data` at `offset`; give it and the offset behind it.
+
+    Raises:
+        DecodeError: As `decode`, but left-over bytes are the caller's.
+    """
+    return cast("tuple[T, int]", cast("Any", structure).__wire_decode__(data, offset))
+
+
+def encode(value: object) -> bytes:
+    """Write one structure.
+
+    Raises:
+        EncodeError: A field does not fit its declaration.
+    """
+    try:
+        return cast("bytes", cast("Any", value).__wire_encode__())
+    except (struct.error, OverflowError) as error:
+        raise EncodeError(f"{type(value).__name__}: {error}") from error
+
+
+def construct_of(structure: type) -> Any:
+    """The construct declaration of a structure, for documentation and for the property test."""
+    declared: tuple[WireField, ...] = cast("Any", structure).__wire_fields__
+    subcons = [f.name / _with_constant(f) for f in declared]
+    return Mapped(
+        _ShortIsDecodeError(cs.Struct(*subcons)),
+        lambda parsed: structure(**{f.name: parsed[f.name] for f in declared}),
+        lambda value: {f.name: getattr(value, f.name) for f in declared},
+    )
+
+
+def wire_fields(structure: type) -> tuple[WireField, ...]:
+    """The declared fields of a structure, in wire order."""
+    return cast("tuple[WireField, ...]", cast("Any", structure).__wire_fields__)
+
+
+class _ShortIsDecodeError(cs.Subconstruct):  # type: ignore[type-arg]
+    def _parse(self, stream: IO[bytes], context: Any, path: str) -> Any:
+        try:
+            return self.subcon._parsereport(stream, context, path)
+        except cs.StreamError as error:
+            raise _short(path) from error
+
+
+def _short(where: str) -> DecodeError:
+    return DecodeError(ReturnCode.BAD_PARAM_SIZE, f"the bytes end inside {where}")
+
+
+def _with_constant(field: WireField) -> Any:
+    if CONSTANT not in field.markers:
+        return field.construct
+    return Checked(
+        field.construct,
+        lambda value: value == field.default,
+        ReturnCode.INVALID_STRUCTURE,
+        f"{field.name} is not {field.default!r}",
+    )
+
+
+def _declared(structure: type, name: str, hint: Any, default: Any) -> WireField:
+    if get_origin(hint) is Annotated:
+        _, *extras = get_args(hint)
+        constructs = [x for x in extras if isinstance(x, cs.Construct)]
+        markers = frozenset(x for x in extras if isinstance(x, Marker))
+    elif hasattr(hint, "__wire_fields__"):
+        constructs, markers = [Nested(hint)], frozenset()
+    else:
+        constructs, markers = [], frozenset()
+    if len(constructs) != 1:
+        raise TypeError(f"{structure.__name__}.{name} has no construct declaration")
+    return WireField(name, constructs[0], markers, default)
+
+
+# -- the compiler ----------------------------------------------------------------------------------
+
+
+def _local(field_name: str) -> str:
+    """Name a field's local variable, so that a field may be called `data`, `size` or `value`."""
+    return f"{field_name}_"
+
+
+def _field_name(local: str) -> str:
+    return local.removesuffix("_")
+
+
+class _Compiler:
+    """Writes the source of `__wire_decode__`, `__wire_encode__` and `__init__` of one structure.
+
+    Fixed-size fields are collected into one struct format until one of variable size ends the run.
+    """
+
+    def __init__(self, structure: type, declared: tuple[WireField, ...]) -> None:
+        self.structure = structure
+        self.declared = declared
+        self.names: dict[str, Any] = {
+            "DecodeError": DecodeError,
+            "EncodeError": EncodeError,
+            "_short": _short,
+            "_new": object.__new__,
+            "_cls": structure,
+        }
+        self.decoding: list[str] = []
+        self.encoding: list[str] = []
+        self.run_format = ""
+        self.run_in: list[str] = []
+        self.run_out: list[str] = []
+        self.after_run: list[str] = []
+        self.serial = 0
+
+    def install(self) -> None:
+        for field in self.declared:
+            self._field(field, f"self.{field.name}")
+        self._end_run()
+        structure = cast("Any", self.structure)
+        names = [f.name for f in self.declared]
+        for name in names:
+            self.names[f"_set_{name}"] = structure.__dict__[name].__set__
+        sets = [f"    _set_{name}(value, {_local(name)})" for name in names]
+        source = [
+            "def __wire_decode__(data, at):",
+            "    size = len(data)",
+            *self.decoding,
+            "    value = _new(_cls)",
+            *sets,
+            "    return value, at",
+            "def __wire_encode__(self):",
+            "    out = []",
+            *self.encoding,
+            "    return b''.join(out) if len(out) != 1 else out[0]",
+        ]
+        source += self._init_source(names)
+        source += self._repr_source()
+        namespace = self.names
+        exec(compile("\n".join(source), f"<wire {structure.__qualname__}>", "exec"), namespace)  # noqa: S102 - the source is made here from declarations
+        structure.__wire_decode__ = staticmethod(namespace["__wire_decode__"])
+        structure.__wire_encode__ = namespace["__wire_encode__"]
+        structure.__init__ = namespace["__init__"]
+        structure.__repr__ = namespace["__repr__"]
+
+    def _init_source(self, names: list[str]) -> list[str]:
+        parameters = []
+        for field in self.declared:
+            if field.default is MISSING:
+                parameters.append(field.name)
+            else:
+                self.names[f"_default_{field.name}"] = field.default
+                parameters.append(f"{field.name}=_default_{field.name}")
+        star = ["*", *parameters] if parameters else []
+        body = [f"    _set_{name}(self, {name})" for name in names] or ["    pass"]
+        return [f"def __init__(self{''.join(', ' + p for p in star)}):", *body]
+
+    def _repr_source(self) -> list[str]:
+        shown = []
+        for field in self.declared:
+            if CONSTANT in field.markers:
+                continue
+            value = "<hidden>" if SECRET in field.markers else f"{{self.{field.name}!r}}"
+            shown.append(f"{field.name}={value}")
+        return [
+            "def __repr__(self):",
+            f'    return f"{self.structure.__name__}({", ".join(shown)})"',
+        ]
+
+    def _fresh(self, value: Any) -> str:
+        self.serial += 1
+        name = f"_x{self.serial}"
+        self.names[name] = value
+        return name
+
+    def _field(self, field: WireField, source: str) -> None:
+        name, declaration = field.name, field.construct
+        if CONSTANT in field.markers:
+            declaration = _with_constant(field)
+        self._emit(_local(name), declaration, source)
+
+    def _emit(self, name: str, declaration: Any, source: str) -> None:
+        """Emit code that leaves the decoded value in the local `name` and encodes `source`."""
+        if isinstance(declaration, Checked):
+            self._emit(name, declaration.subcon, source)
+            test, code = self._fresh(declaration.is_legal), self._fresh(declaration.code)
+            reason = self._fresh(declaration.reason)
+            self._after(f"    if not {test}({name}): raise DecodeError({code}, {reason})")
+        elif isinstance(declaration, Mapped):
+            to_value, to_wire = self._fresh(declaration.to_value), self._fresh(declaration.to_wire)
+            self._emit(name, declaration.subcon, f"{to_wire}({source})")
+            self._after(f"    {name} = {to_value}({name})")
+        elif isinstance(declaration, cs.FormatField):
+            self._fixed(name, declaration.fmtstr, source)
+        elif isinstance(declaration, cs.Bytes) and isinstance(declaration.length, int):
+            length = declaration.length
+            self._check_length(source, length, name)
+            self._fixed(name, f">{length}s", source)
+        else:
+            self._variable(name, declaration, source)
+
+    def _after(self, line: str) -> None:
+        (self.after_run if self.run_format else self.decoding).append(line)
+
+    def _check_length(self, source: str, length: int, name: str) -> None:
+        where = f"{self.structure.__name__}.{_field_name(name)}"
+        self.encoding.append(
+            f"    if len({source}) != {length}: raise EncodeError('{where} is not {length} bytes')"
+        )
+
+    def _fixed(self, name: str, fmt: str, source: str) -> None:
+        order, code = fmt[0], fmt[1:]
+        if (
+            self.run_format
+            and self.run_format[0] != order
+            and code != "B"
+            and not code.endswith("s")
+        ):
+            self._end_run()
+        if not self.run_format:
+            self.run_format = order
+        self.run_format += code
+        self.run_in.append(name)
+        self.run_out.append(source)
+
+    def _end_run(self) -> None:
+        if not self.run_format:
+            return
+        packer = struct.Struct(self.run_format)
+        unpack, pack = self._fresh(packer.unpack_from), self._fresh(packer.pack)
+        where = self._fresh(f"{self.structure.__name__}.{_field_name(self.run_in[0])}")
+        self.decoding += [
+            f"    end = at + {packer.size}",
+            f"    if end > size: raise _short({where})",
+            f"    {', '.join(self.run_in)}, = {unpack}(data, at)",
+            "    at = end",
+            *self.after_run,
+        ]
+        self.encoding.append(f"    out.append({pack}({', '.join(self.run_out)}))")
+        self.run_format, self.run_in, self.run_out, self.after_run = "", [], [], []
+
+    def _length(self, declaration: Any, name: str) -> None:
+        """Emit reading of a length or count into `count`."""
+        packer = struct.Struct(declaration.fmtstr)
+        unpack = self._fresh(packer.unpack_from)
+        self.decoding += [
+            f"    end = at + {packer.size}",
+            f"    if end > size: raise _short('the length of {_field_name(name)}')",
+            f"    count, = {unpack}(data, at)",
+            "    at = end",
+        ]
+
+    def _variable(self, name: str, declaration: Any, source: str) -> None:
+        self._end_run()
+        where = f"{self.structure.__name__}.{_field_name(name)}"
+        if isinstance(declaration, cs.Prefixed):
+            if declaration.subcon is not cs.GreedyBytes:
+                raise TypeError(f"{where}: only bytes may be prefixed, use in_sized for structures")
+            self._length(declaration.lengthfield, name)
+            self.decoding += [
+                "    end = at + count",
+                f"    if end > size: raise _short('{where}')",
+                f"    {name} = data[at:end]",
+                "    at = end",
+            ]
+            length = cast("Any", declaration.lengthfield)
+            pack = self._fresh(struct.Struct(length.fmtstr).pack)
+            self.encoding.append(f"    out.append({pack}(len({source}))); out.append({source})")
+        elif declaration is cs.GreedyBytes:
+            self.decoding += [f"    {name} = data[at:]", "    at = size"]
+            self.encoding.append(f"    out.append({source})")
+        elif isinstance(declaration, Nested):
+            inner = self._fresh(cast("Any", declaration.structure).__wire_decode__)
+            self.decoding.append(f"    {name}, at = {inner}(data, at)")
+            self.encoding.append(f"    out.append({source}.__wire_encode__())")
+        elif isinstance(declaration, ByLeadingU16):
+            table = self._fresh(
+                {k: cast("Any", s).__wire_decode__ for k, s in declaration.cases.items()}
+            )
+            default = self._fresh(cast("Any", declaration.default).__wire_decode__)
+            self.decoding += [
+                f"    if at + 2 > size: raise _short('the tag of {where}')",
+                f"    {name}, at = {table}.get(data[at] << 8 | data[at + 1], {default})(data, at)",
+            ]
+            self.encoding.append(f"    out.append({source}.__wire_encode__())")
+        elif isinstance(declaration, Counted):
+            self._counted(name, declaration, source)
+        elif isinstance(declaration, _InSized):
+            self._in_sized(name, declaration, source)
+        else:
+            raise TypeError(f"{where}: the compiler does not know {declaration!r}")
+
+    def _counted(self, name: str, declaration: Counted, source: str) -> None:
+        self._length(declaration.count, name)
+        pack = self._fresh(struct.Struct(declaration.count.fmtstr).pack)
+        self.encoding.append(f"    out.append({pack}(len({source})))")
+        if isinstance(declaration.item, Nested):
+            inner = self._fresh(cast("Any", declaration.item.structure).__wire_decode__)
+            self.decoding += [
+                f"    {name} = []",
+                "    for _ in range(count):",
+                f"        item, at = {inner}(data, at)",
+                f"        {name}.append(item)",
+                f"    {name} = tuple({name})",
+            ]
+            self.encoding.append(f"    out.extend([item.__wire_encode__() for item in {source}])")
+            return
+        item_size = declaration.item.sizeof()
+        if isinstance(declaration.item, cs.FormatField):
+            order, code = declaration.item.fmtstr[0], declaration.item.fmtstr[1:]
+        else:
+            order, code = ">", f"{item_size}s"
+        packer = struct.Struct(order + code)
+        unpack, pack_item = self._fresh(packer.iter_unpack), self._fresh(packer.pack)
+        self.decoding += [
+            f"    end = at + count * {item_size}",
+            f"    if end > size: raise _short('{_field_name(name)}')",
+            f"    {name} = tuple([item for item, in {unpack}(data[at:end])])",
+            "    at = end",
+        ]
+        self.encoding.append(f"    out.extend([{pack_item}(item) for item in {source}])")
+
+    def _in_sized(self, name: str, declaration: _InSized, source: str) -> None:
+        self._length(declaration.length, name)
+        inner = self._fresh(declaration.structure)
+        whole = self._fresh(decode)
+        self.decoding += [
+            "    end = at + count",
+            f"    if end > size: raise _short('{_field_name(name)}')",
+            f"    {name} = {whole}({inner}, data[at:end])",
+            "    at = end",
+        ]
+        pack = self._fresh(struct.Struct(declaration.length.fmtstr).pack)
+        self.encoding += [
+            f"    inner = {source}.__wire_encode__()",
+            f"    out.append({pack}(len(inner))); out.append(inner)",
+        ]
