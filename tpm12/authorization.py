@@ -1,0 +1,359 @@
+"""Proving the right to use something: sessions, request and response HMACs, the attack counter.
+
+`Authorized` is what a handler sees of it: keys whose use is proven, new secrets unmasked, checks
+that only the handler can order (a secret inside a blob). Nobody else computes an HMAC.
+
+Source: TPM Main r116 Part 1 §§ on authorization protocols, Part 3 §18; dictionary attack Part 1.
+
+Invariants:
+- A session that was named by a command which then failed is gone (but not after 0x803).
+- A session whose secret masked a new secret is not used again.
+- Each failed HMAC counts against the attack counter, also when the command's draft is dropped.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from protocol.constants import (
+    AUTH_REQUEST_BYTES,
+    AdipScheme,
+    AuthDataUsage,
+    EntityType,
+    KeyFlags,
+    ProtocolId,
+)
+from protocol.return_codes import ReturnCode, TpmError
+from protocol.structures import CounterValue
+from protocol.wire import encode
+from tpm12.crypto import HmacKey, aes128_ctr, hmac_key, is_same, sha1, xor
+from tpm12.keys import LoadedKey
+from tpm12.pcrs import check_release
+from tpm12.state import Counter, NvArea, Session, session_key
+from tpm12.tpm import Tpm
+
+if TYPE_CHECKING:
+    from tpm12.dispatch import AuthBy
+
+_BLOCK: Final = struct.Struct(">I20sB20s")
+_TRUE: Final = b"\x01"
+_FALSE: Final = b"\x00"
+
+OIAP: Final = int(ProtocolId.OIAP)
+OSAP: Final = int(ProtocolId.OSAP)
+DSAP: Final = int(ProtocolId.DSAP)
+ANY_KIND: Final = frozenset({OIAP, OSAP, DSAP})
+WITH_SHARED_SECRET: Final = frozenset({OSAP, DSAP})
+"""Sessions that may insert a new secret."""
+OIAP_ONLY: Final = frozenset({OIAP})
+
+
+class AuthBlock:
+    """One authorization block of a request, and what became of it."""
+
+    __slots__ = ("continues", "handle", "hmac", "is_verified", "mac", "nonce_odd", "session")
+
+    def __init__(self, handle: int, nonce_odd: bytes, continues: int, mac: bytes) -> None:
+        self.handle = handle
+        self.nonce_odd = nonce_odd
+        self.continues = bool(continues)
+        self.mac = mac
+        self.session: Session | None = None
+        self.hmac: HmacKey | None = None
+        """The key that proved the request; it also signs the response."""
+        self.is_verified = False
+
+
+@dataclass(frozen=True, slots=True)
+class Entity:
+    """What a session may be bound to."""
+
+    entity_type: int
+    digest: bytes
+
+
+def key_entity(key: LoadedKey) -> Entity:
+    """A loaded key, the SRK included."""
+    return Entity(EntityType.KEYHANDLE, key.pub_data_digest)
+
+
+def owner_entity(owner_auth: bytes) -> Entity:
+    """The owner."""
+    return Entity(EntityType.OWNER, sha1(b"owner", owner_auth))
+
+
+def nv_entity(area: NvArea) -> Entity:
+    """An NV area: its index, secret, attributes and size."""
+    return Entity(EntityType.NV, sha1(encode(area.public), area.auth_value))
+
+
+def counter_entity(count_id: int, counter: Counter) -> Entity:
+    """A monotonic counter; its value does not matter."""
+    public = CounterValue(label=counter.label, counter=count_id)
+    return Entity(EntityType.COUNTER, sha1(encode(public), counter.auth_data))
+
+
+def read_blocks(data: bytes, at: int, count: int) -> list[AuthBlock]:
+    """Read `count` auth blocks from `at` to the end of `data`.
+
+    Raises:
+        TpmError: BAD_PARAM_SIZE when bytes are missing or left over, BAD_PARAMETER for a
+            continueAuthSession other than 0 and 1.
+    """
+    if at + AUTH_REQUEST_BYTES * count != len(data):
+        raise TpmError(ReturnCode.BAD_PARAM_SIZE, "the request does not end with its auth blocks")
+    blocks = []
+    for i in range(count):
+        handle, nonce_odd, continues, mac = _BLOCK.unpack_from(data, at + AUTH_REQUEST_BYTES * i)
+        if continues > 1:
+            raise TpmError(ReturnCode.BAD_PARAMETER, "a BOOL other than 0 or 1")
+        blocks.append(AuthBlock(handle, nonce_odd, continues, mac))
+    return blocks
+
+
+class Authorized:
+    """The authorization of one command.
+
+    Args:
+        tpm: The command's draft.
+        declared: Its declared sessions, each with the block that came for it or None.
+        in_param_digest: H(ordinal, parameters without handles).
+        keys: The keys that the handle operands name, by operand.
+    """
+
+    __slots__ = ("_declared", "blocks", "in_param_digest", "keys", "tpm")
+
+    def __init__(
+        self,
+        tpm: Tpm,
+        declared: list[tuple[AuthBy, AuthBlock | None]],
+        in_param_digest: bytes,
+        keys: dict[str, LoadedKey],
+    ) -> None:
+        self.tpm = tpm
+        self._declared = declared
+        self.blocks = [block for _, block in declared if block is not None]
+        self.in_param_digest = in_param_digest
+        self.keys = keys
+
+    # -- for handlers ------------------------------------------------------------------------
+
+    def __bool__(self) -> bool:
+        """Did any session come with the command?"""
+        return bool(self.blocks)
+
+    def has(self, over: str) -> bool:
+        """Did a session come for this declared use?"""
+        return self._block(over) is not None
+
+    def key(self, operand: str) -> LoadedKey:
+        """The key that a handle operand names; its use is proven."""
+        return self.keys[operand]
+
+    def session(self, over: str) -> tuple[Session, AuthBlock]:
+        """The session and block that came for a declared use.
+
+        Raises:
+            TpmError: AUTHFAIL when none came.
+        """
+        block = self._block(over)
+        if block is None or block.session is None:
+            raise TpmError(ReturnCode.AUTHFAIL, f"no session for {over}")
+        return block.session, block
+
+    def decrypt_secret(self, over: str, enc_auth: bytes, *, is_second: bool = False) -> bytes:
+        """Unmask a new secret that came under a session (ADIP), which ends that session.
+
+        Args:
+            over: The declared use whose session masks it.
+            enc_auth: 20 bytes.
+            is_second: It is the second secret of the command (dataMigrationAuth).
+        """
+        session, block = self.session(over)
+        self.end_session(over)
+        nonce = block.nonce_odd if is_second else session.nonce_even
+        if session.adip == AdipScheme.AES128_CTR:
+            return aes128_ctr(session.shared_secret, nonce, enc_auth)
+        return xor(enc_auth, sha1(session.shared_secret, nonce))
+
+    def end_session(self, over: str) -> None:
+        """Force continueAuthSession to FALSE."""
+        block = self._block(over)
+        if block is not None:
+            block.continues = False
+
+    def end_all(self) -> None:
+        """Force continueAuthSession of every session to FALSE."""
+        for block in self.blocks:
+            block.continues = False
+
+    def verify(self, over: str, secret: HmacKey, entity: Entity | None) -> None:
+        """Check the session that came for a declared use against a secret.
+
+        Args:
+            over: The declared use.
+            secret: HMAC state of the entity's authValue (for OIAP).
+            entity: What an OSAP or DSAP session must be bound to; None refuses both.
+
+        Raises:
+            TpmError: AUTHFAIL, or AUTH2FAIL for the second of two declared sessions;
+                BAD_MODE for a kind of session that is not allowed here.
+        """
+        for i, (by, block) in enumerate(self._declared):
+            if by.over == over and block is not None:
+                self._verify(by, block, secret, entity, by.failure(i))
+                return
+        raise TpmError(ReturnCode.AUTHFAIL, f"no session for {over}")
+
+    def verify_owner(self, over: str = "owner") -> None:
+        """Check a session against the owner's secret.
+
+        Raises:
+            TpmError: NOSRK without an owner, else as `verify`.
+        """
+        owner_auth = self.tpm.permanent.owner_auth
+        if owner_auth is None:
+            raise TpmError(ReturnCode.NOSRK)
+        self.verify(over, hmac_key(owner_auth), owner_entity(owner_auth))
+
+    # -- for the dispatcher ------------------------------------------------------------------
+
+    def resolve_sessions(self) -> None:
+        """Find every named session and check that it is of an allowed kind.
+
+        Raises:
+            TpmError: INVALID_AUTHHANDLE, BAD_MODE.
+        """
+        sessions = self.tpm.stany.sessions
+        for by, block in self._declared:
+            if block is None:
+                continue
+            session = sessions.get(block.handle)
+            if session is None:
+                raise TpmError(ReturnCode.INVALID_AUTHHANDLE)
+            if session.protocol not in by.kinds:
+                raise TpmError(ReturnCode.BAD_MODE, "a session of another kind is needed")
+            block.session = session
+        if len(self.blocks) == 2 and self.blocks[0].handle == self.blocks[1].handle:
+            raise TpmError(ReturnCode.INVALID_AUTHHANDLE, "one session for two authorizations")
+
+    def verify_declared(self) -> None:
+        """Check the sessions that the declaration says how to check; handlers do the rest.
+
+        Raises:
+            TpmError: AUTHFAIL or AUTH2FAIL; NOSRK; AUTHFAIL for a key that needs a session.
+        """
+        for i, (by, block) in enumerate(self._declared):
+            if by.over in self.keys:
+                key = self.keys[by.over]
+                if block is not None:
+                    self._verify(by, block, key.usage_hmac, key_entity(key), by.failure(i))
+                elif not _goes_without_session(key, reads_only=by.reads_only):
+                    raise TpmError(ReturnCode.AUTHFAIL, "this key needs an authorization session")
+            elif by.over == "owner" and block is not None:
+                self.verify_owner()
+
+    def is_complete(self) -> bool:
+        """Was every session that came checked?"""
+        return all(block.is_verified for block in self.blocks)
+
+    def sign_response(self, out_param_digest: bytes) -> bytes:
+        """The response's auth blocks; rolls nonces and drops sessions that do not continue."""
+        sessions = dict(self.tpm.stany.sessions)
+        out = []
+        for block in self.blocks:
+            if block.hmac is None or block.session is None:
+                raise AssertionError("a response is signed before its request was checked")
+            nonce_even = self.tpm.random(20)
+            continues = _TRUE if block.continues else _FALSE
+            mac = block.hmac.mac(out_param_digest + nonce_even + block.nonce_odd + continues)
+            out.append(nonce_even + continues + mac)
+            if not block.continues:
+                sessions.pop(block.handle, None)
+            elif block.handle in sessions:
+                sessions[block.handle] = block.session.with_nonce(nonce_even)
+        self.tpm.change_stany().sessions = sessions
+        return b"".join(out)
+
+    def _block(self, over: str) -> AuthBlock | None:
+        for by, block in self._declared:
+            if by.over == over:
+                return block
+        return None
+
+    def _verify(
+        self,
+        by: AuthBy,
+        block: AuthBlock,
+        secret: HmacKey,
+        entity: Entity | None,
+        failure: ReturnCode,
+    ) -> None:
+        session = block.session
+        if session is None:
+            raise AssertionError("verify before resolve_sessions")
+        if session.protocol == OIAP:
+            hmac = secret
+        elif (
+            entity is not None
+            and session.entity_type == entity.entity_type
+            and is_same(session.entity_digest, entity.digest)
+        ):
+            hmac = session_key(session)
+        else:
+            raise TpmError(failure, f"the session is not bound to {by.over}")
+        continues = _TRUE if block.continues else _FALSE
+        expected = hmac.mac(self.in_param_digest + session.nonce_even + block.nonce_odd + continues)
+        if not is_same(expected, block.mac):
+            raise WrongHmacError(failure, f"wrong authorization for {by.over}")
+        block.hmac = hmac
+        block.is_verified = True
+
+
+class WrongHmacError(TpmError):
+    """An HMAC was wrong: counts against the dictionary-attack defence."""
+
+
+NO_SESSIONS: Final[list[tuple[AuthBy, AuthBlock | None]]] = []
+
+
+def _goes_without_session(key: LoadedKey, *, reads_only: bool) -> bool:
+    if key.auth_data_usage == AuthDataUsage.NEVER:
+        return True
+    return reads_only and key.auth_data_usage == AuthDataUsage.NO_READ_PUBKEY_AUTH
+
+
+def check_key_use(tpm: Tpm, key: LoadedKey, *, reads_only: bool) -> None:
+    """Check a key's own PCR and locality binding (Part 3 §10, "use of a key").
+
+    Raises:
+        TpmError: WRONGPCRVAL, BAD_LOCALITY.
+    """
+    if reads_only and key.flags & KeyFlags.PCR_IGNORED_ON_READ:
+        return
+    check_release(tpm, key.pcr_info)
+
+
+# -- dictionary attack (Part 1; libtpms' numbers) ------------------------------------------------
+
+_SECOND_US: Final = 1_000_000
+_DOUBLINGS_MAX: Final = 31
+
+
+def lockout_left_us(tpm: Tpm) -> int:
+    """How long commands with authorization are still refused; 0 when they are not."""
+    over = tpm.stclear.failed_tries - tpm.world.profile.failed_tries
+    if over <= 0:
+        return 0
+    wait_us = _SECOND_US << min(over - 1, _DOUBLINGS_MAX)
+    passed_us = tpm.world.clock.now_us() - tpm.stclear.last_failure_us
+    return max(0, wait_us - passed_us)
+
+
+def count_failure(tpm: Tpm) -> None:
+    """Note one failed authorization."""
+    stclear = tpm.change_stclear()
+    stclear.failed_tries += 1
+    stclear.last_failure_us = tpm.world.clock.now_us()

@@ -1,0 +1,283 @@
+"""The cryptography of TPM 1.2: SHA-1, HMAC, MGF1, RSA; the only importer of `cryptography`.
+
+TPM 1.2 is built on SHA-1; its use here is what the specification demands, not a choice.
+
+Invariants:
+- Private RSA operations use CRT: 0.26 ms for 2048 bits against 2.3 ms without.
+- Secret comparisons are constant-time (`is_same`).
+- A key object is loaded into OpenSSL once and kept with the key, without OpenSSL's own validation
+  (37 ms); `RsaPrivateKey.from_prime` has checked what matters: n = p * q.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import struct
+from functools import lru_cache
+from typing import Any, Final
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import padding, rsa
+from cryptography.hazmat.primitives.asymmetric.utils import Prehashed
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+from protocol.constants import DIGEST_BYTES, OAEP_LABEL
+
+OAEP_OVERHEAD_BYTES: Final = 42
+"""2 * 20 + 2: what OAEP with SHA-1 takes from a modulus."""
+DEFAULT_EXPONENT: Final = 65537
+_BLOCK_BYTES = 64
+
+_IPAD = bytes(0x36 ^ i for i in range(256))
+_OPAD = bytes(0x5C ^ i for i in range(256))
+
+
+def sha1(*parts: bytes) -> bytes:
+    """Hash the concatenation of `parts`; 20 bytes."""
+    if len(parts) == 1:
+        return hashlib.sha1(parts[0], usedforsecurity=False).digest()
+    return hashlib.sha1(b"".join(parts), usedforsecurity=False).digest()
+
+
+class HmacKey:
+    """An HMAC-SHA-1 key whose padded blocks are hashed once (0.7 us a MAC instead of 1.6)."""
+
+    __slots__ = ("_inner", "_outer")
+
+    def __init__(self, key: bytes) -> None:
+        if len(key) > _BLOCK_BYTES:
+            key = sha1(key)
+        block = key.ljust(_BLOCK_BYTES, b"\0")
+        self._inner = hashlib.sha1(block.translate(_IPAD), usedforsecurity=False)
+        self._outer = hashlib.sha1(block.translate(_OPAD), usedforsecurity=False)
+
+    def mac(self, message: bytes) -> bytes:
+        """Authenticate `message`; 20 bytes."""
+        inner = self._inner.copy()
+        inner.update(message)
+        outer = self._outer.copy()
+        outer.update(inner.digest())
+        return outer.digest()
+
+
+@lru_cache(maxsize=64)
+def hmac_key(secret: bytes) -> HmacKey:
+    """The kept HMAC state of a secret; a few are remembered, the oldest forgotten."""
+    return HmacKey(secret)
+
+
+def hmac_sha1(key: bytes, message: bytes) -> bytes:
+    """HMAC-SHA-1 of `message`; 20 bytes."""
+    return HmacKey(key).mac(message)
+
+
+def is_same(left: bytes, right: bytes) -> bool:
+    """Compare secrets or MACs in constant time."""
+    return hmac.compare_digest(left, right)
+
+
+def xor(left: bytes, right: bytes) -> bytes:
+    """Exclusive or of two strings of one length.
+
+    Raises:
+        ValueError: The lengths differ.
+    """
+    if len(left) != len(right):
+        raise ValueError("lengths differ")
+    size = len(left)
+    return (int.from_bytes(left, "big") ^ int.from_bytes(right, "big")).to_bytes(size, "big")
+
+
+def mgf1(seed: bytes, size: int) -> bytes:
+    """MGF1 with SHA-1 (PKCS#1 v2.1 B.2.1)."""
+    blocks = (size + DIGEST_BYTES - 1) // DIGEST_BYTES
+    return b"".join([sha1(seed, struct.pack(">I", i)) for i in range(blocks)])[:size]
+
+
+def aes128_ctr(key: bytes, counter_block: bytes, data: bytes) -> bytes:
+    """AES-128 in counter mode with a 128-bit big-endian counter; its own inverse."""
+    cipher = Cipher(algorithms.AES(key[:16]), modes.CTR(counter_block[:16]))
+    return cipher.encryptor().update(data)
+
+
+class Sha1Thread:
+    """A SHA-1 computation in progress; feeding it gives a new one and leaves this as it is."""
+
+    __slots__ = ("_hash",)
+
+    def __init__(self, hasher: object | None = None) -> None:
+        self._hash: Any = hasher or hashlib.sha1(usedforsecurity=False)
+
+    def fed(self, data: bytes) -> Sha1Thread:
+        """The computation after `data`."""
+        hasher = self._hash.copy()
+        hasher.update(data)
+        return Sha1Thread(hasher)
+
+    def digest(self, last: bytes = b"") -> bytes:
+        """The digest after `last`; 20 bytes."""
+        hasher = self._hash.copy()
+        hasher.update(last)
+        return bytes(hasher.digest())
+
+
+class DecryptionError(Exception):
+    """A ciphertext does not decrypt under this key and padding; no more is said, on purpose."""
+
+
+class RsaPublicKey:
+    """An RSA public key; sizes in bytes unless named otherwise."""
+
+    __slots__ = ("_key", "exponent", "modulus", "size")
+
+    def __init__(self, modulus: bytes, exponent: int = DEFAULT_EXPONENT) -> None:
+        self.modulus = modulus
+        self.exponent = exponent
+        self.size = len(modulus)
+        self._key: rsa.RSAPublicKey | None = None
+
+    def _loaded(self) -> rsa.RSAPublicKey:
+        if self._key is None:
+            number = int.from_bytes(self.modulus, "big")
+            self._key = rsa.RSAPublicNumbers(self.exponent, number).public_key()
+        return self._key
+
+    def encrypt_oaep(self, plaintext: bytes) -> bytes:
+        """OAEP with SHA-1 and the TPM's label "TCPA".
+
+        Raises:
+            ValueError: The plaintext is longer than the modulus allows, or the key is no RSA key.
+        """
+        return self._loaded().encrypt(plaintext, _OAEP)
+
+    def encrypt_pkcs1v15(self, plaintext: bytes) -> bytes:
+        """PKCS#1 v1.5 type 2.
+
+        Raises:
+            ValueError: The plaintext is longer than the modulus allows, or the key is no RSA key.
+        """
+        return self._loaded().encrypt(plaintext, padding.PKCS1v15())
+
+    def is_signature(self, signature: bytes, digest: bytes) -> bool:
+        """Check an RSASSA-PKCS1-v1_5 signature over a SHA-1 digest."""
+        try:
+            self._loaded().verify(signature, digest, padding.PKCS1v15(), _PREHASHED)
+        except (InvalidSignature, ValueError):
+            return False
+        return True
+
+
+class RsaPrivateKey:
+    """An RSA private key, made from the modulus and one prime."""
+
+    __slots__ = ("_key", "_numbers", "prime", "public")
+
+    def __init__(self, public: RsaPublicKey, prime: bytes, numbers: rsa.RSAPrivateNumbers) -> None:
+        self.public = public
+        self.prime = prime
+        self._numbers = numbers
+        self._key: rsa.RSAPrivateKey | None = None
+
+    @classmethod
+    def from_prime(cls, modulus: bytes, prime: bytes, exponent: int) -> RsaPrivateKey:
+        """Derive the key from its modulus and one prime.
+
+        Raises:
+            ValueError: The prime does not divide the modulus, or the exponent does not fit.
+        """
+        n, p = int.from_bytes(modulus, "big"), int.from_bytes(prime, "big")
+        if p <= 1:
+            raise ValueError("no prime")
+        q, rest = divmod(n, p)
+        if rest or q <= 1:
+            raise ValueError("the prime does not divide the modulus")
+        d = pow(exponent, -1, (p - 1) * (q - 1))
+        numbers = rsa.RSAPrivateNumbers(
+            p=p,
+            q=q,
+            d=d,
+            dmp1=d % (p - 1),
+            dmq1=d % (q - 1),
+            iqmp=pow(q, -1, p),
+            public_numbers=rsa.RSAPublicNumbers(exponent, n),
+        )
+        return cls(RsaPublicKey(modulus, exponent), prime, numbers)
+
+    def _loaded(self) -> rsa.RSAPrivateKey:
+        if self._key is None:
+            self._key = self._numbers.private_key(unsafe_skip_rsa_key_validation=True)
+        return self._key
+
+    def decrypt_oaep(self, ciphertext: bytes) -> bytes:
+        """Undo OAEP with SHA-1 and label "TCPA".
+
+        Raises:
+            DecryptionError: Whatever is wrong with the ciphertext.
+        """
+        try:
+            return self._loaded().decrypt(ciphertext, _OAEP)
+        except ValueError as error:
+            raise DecryptionError from error
+
+    def decrypt_pkcs1v15(self, ciphertext: bytes) -> bytes:
+        """Undo PKCS#1 v1.5 type 2.
+
+        Raises:
+            DecryptionError: The ciphertext has the wrong size. (OpenSSL answers bad padding with
+                random bytes, so that the padding is no oracle.)
+        """
+        try:
+            return self._loaded().decrypt(ciphertext, padding.PKCS1v15())
+        except ValueError as error:
+            raise DecryptionError from error
+
+    def sign_sha1(self, digest: bytes) -> bytes:
+        """RSASSA-PKCS1-v1_5 over a SHA-1 digest of 20 bytes."""
+        return self._loaded().sign(digest, padding.PKCS1v15(), _PREHASHED)
+
+    def sign_der(self, digest_info: bytes) -> bytes:
+        """PKCS#1 v1.5 type 1 around the caller's bytes as they are.
+
+        Raises:
+            ValueError: The bytes are none or more than the modulus size - 11.
+        """
+        size = self.public.size
+        if not 0 < len(digest_info) <= size - 11:
+            raise ValueError("no size for PKCS#1 v1.5")
+        fill = b"\xff" * (size - len(digest_info) - 3)
+        return self.raw(b"\0\1" + fill + b"\0" + digest_info)
+
+    def raw(self, block: bytes) -> bytes:
+        """The bare private operation with CRT on a block of modulus size."""
+        k = self._numbers
+        message = int.from_bytes(block, "big")
+        m1, m2 = pow(message, k.dmp1, k.p), pow(message, k.dmq1, k.q)
+        return (m2 + (m1 - m2) * k.iqmp % k.p * k.q).to_bytes(self.public.size, "big")
+
+
+_OAEP = padding.OAEP(
+    mgf=padding.MGF1(algorithm=hashes.SHA1()), algorithm=hashes.SHA1(), label=OAEP_LABEL
+)
+_PREHASHED = Prehashed(hashes.SHA1())
+
+
+class OpenSslKeyGenerator:
+    """Makes RSA keys with OpenSSL and its own randomness (43 ms for 2048 bits, mean)."""
+
+    def primes(self, bits: int, exponent: int, /) -> tuple[int, int]:
+        """Give two primes for a modulus of exactly `bits` bits.
+
+        Raises:
+            ValueError: OpenSSL makes no keys of this size or exponent (3 and 65537 only).
+        """
+        numbers = rsa.generate_private_key(exponent, bits).private_numbers()
+        return numbers.p, numbers.q
+
+
+def new_rsa_key(primes: tuple[int, int], exponent: int, bits: int) -> RsaPrivateKey:
+    """Make a key of two primes; the stored prime has half the modulus' size."""
+    p, q = primes
+    modulus = (p * q).to_bytes(bits // 8, "big")
+    return RsaPrivateKey.from_prime(modulus, p.to_bytes(bits // 16, "big"), exponent)

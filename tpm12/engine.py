@@ -1,0 +1,334 @@
+"""The main path of a TPM 1.2: one request in, one response and a new state out.
+
+`Engine.execute` reads as the list of steps: header; ordinal; operands; gates; sessions; handles;
+authorization; the handler on a draft of the state; the response. Nothing is kept until the caller
+says so with `keep()`: a caller that has to make a change durable first does that in between, and
+answers `refuse()` when it could not.
+
+Source: TPM Main r116 Part 1 (command flow), Part 3 §1; order of checks as real TPMs have it:
+malformed operands are reported before the state of the TPM is.
+
+Invariants:
+- Any bytes give a well-formed response; only our own bugs raise.
+- A command that fails changes nothing but its sessions, the attack counter and what every command
+  ends (the SHA-1 thread, saved state).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from protocol.constants import AUTH_REQUEST_BYTES, HEADER_BYTES, Ordinal, Tag
+from protocol.return_codes import ReturnCode, TpmError
+from protocol.wire import DecodeError, encode
+from tpm12 import drtm, self_test
+from tpm12.authorization import (
+    NO_SESSIONS,
+    AuthBlock,
+    Authorized,
+    WrongHmacError,
+    check_key_use,
+    count_failure,
+    lockout_left_us,
+    read_blocks,
+)
+from tpm12.crypto import sha1
+from tpm12.dispatch import AuthBy, Command, Gate, Nothing, table
+from tpm12.ports import Clock, KeyGenerator, Rng
+from tpm12.profile import Profile
+from tpm12.state import SelfTestState, StAny, State, Volatile
+from tpm12.tpm import Tpm, World
+
+_HEADER: Final = struct.Struct(">HII")
+_ERROR: Final = {code: _HEADER.pack(Tag.RSP_COMMAND, HEADER_BYTES, code) for code in ReturnCode}
+_SUCCESS_CODE: Final = bytes(4)
+_TAGS: Final = {
+    int(Tag.RQU_COMMAND): 0,
+    int(Tag.RQU_AUTH1_COMMAND): 1,
+    int(Tag.RQU_AUTH2_COMMAND): 2,
+}
+_EMPTY: Final = Nothing()
+
+
+def error_response(code: ReturnCode) -> bytes:
+    """The 10-byte response of a failed command; its tag is always RSP_COMMAND."""
+    return _ERROR[code]
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a command came to.
+
+    Attributes:
+        response: The bytes for the peer.
+        state: The state after it, the same object where nothing changed.
+        permanent_changed: It must be stored before the response may leave.
+        code: The return code in the response.
+    """
+
+    response: bytes
+    state: State
+    permanent_changed: bool
+    code: ReturnCode
+
+
+class Engine:
+    """One TPM 1.2.
+
+    Args:
+        state: Where it starts from (`factory_state()`, or what a store kept).
+        rng, clock, key_generator: What it needs from outside.
+        profile: Maker, limits and times.
+        commands: The declared commands it knows (`tpm12.commands.ALL` and vendor commands).
+    """
+
+    def __init__(  # noqa: PLR0913 - the world of an engine
+        self,
+        state: State,
+        *,
+        rng: Rng,
+        clock: Clock,
+        key_generator: KeyGenerator,
+        profile: Profile,
+        commands: Iterable[Command],
+    ) -> None:
+        self.state = state
+        self._table = table(commands)
+        self._world = World(
+            rng=rng,
+            clock=clock,
+            key_generator=key_generator,
+            profile=profile,
+            ordinals=self._table.keys(),
+        )
+
+    # -- one command -------------------------------------------------------------------------
+
+    def execute(self, request: bytes, locality: int = 0) -> Outcome:
+        """Run one command on a draft of the state.
+
+        Args:
+            request: One whole frame, as received.
+            locality: Of the requester, 0 to 4; the transport answers for it.
+
+        Returns:
+            The outcome, not kept yet: see `keep()` and `refuse()`.
+        """
+        before = self.state
+        size = len(request)
+        if size < HEADER_BYTES:
+            return self._failed(before, ReturnCode.BAD_PARAM_SIZE)
+        tag, param_size, ordinal = _HEADER.unpack_from(request)
+        if param_size != size:
+            return self._failed(before, ReturnCode.BAD_PARAM_SIZE)
+        tpm = Tpm(before, self._world, locality)
+        command = self._table.get(ordinal)
+        blocks: list[AuthBlock] = []
+        try:
+            if command is None:
+                _end_what_commands_end(tpm, Gate.NONE)
+                raise TpmError(ReturnCode.BAD_ORDINAL)  # noqa: TRY301 - one way out for all codes
+            _end_what_commands_end(tpm, command.gates)
+            operands, at = command.takes.__wire_decode__(request, HEADER_BYTES)  # type: ignore[attr-defined]
+            _check_gates(tpm, command, tag)
+            served = _sessions_served(command, tag)
+            count = _TAGS[tag]
+            if at + AUTH_REQUEST_BYTES * count != size:
+                raise TpmError(ReturnCode.BAD_PARAM_SIZE)  # noqa: TRY301 - one way out for all codes
+            if count:
+                blocks = read_blocks(request, at, count)
+            digest_from = HEADER_BYTES + 4 * command.handles_in
+            in_digest = sha1(request[6:10] + request[digest_from:at]) if count else b""
+            auth = _authorize(tpm, command, operands, (served, blocks), in_digest)
+            results = command.handler(tpm, operands, auth)
+            response = _respond(command, _EMPTY if results is None else results, auth)
+        except WrongHmacError as error:
+            tpm.rollback()
+            count_failure(tpm)
+            return self._ended(tpm, before, blocks, error.code)
+        except (TpmError, DecodeError) as error:
+            tpm.rollback()
+            return self._ended(tpm, before, blocks, error.code)
+        return self._succeeded(tpm, before, response)
+
+    def keep(self, outcome: Outcome) -> None:
+        """Make the outcome's state the TPM's."""
+        self.state = outcome.state
+
+    def refuse(self, outcome: Outcome, code: ReturnCode = ReturnCode.IOERROR) -> bytes:
+        """Answer for a command whose change could not be made durable; the state stays."""
+        del outcome
+        return _ERROR[code]
+
+    # -- signals of the platform -------------------------------------------------------------
+
+    def power_on(self) -> Outcome:
+        """TPM_Init: power or reset; only TPM_Startup is legal afterwards (Part 3 §3.1)."""
+        before = self.state
+        tpm = Tpm(before, self._world, 0)
+        tpm.stany = StAny(
+            post_initialise=True,
+            tick_start_us=self._world.clock.now_us(),
+            tick_nonce=tpm.random(20),
+            context_nonce_session=tpm.random(20),
+        )
+        pin = before.volatile.physical_presence_pin
+        tpm.volatile = Volatile(physical_presence_pin=pin)
+        self_test.run_limited(tpm)
+        return self._succeeded(tpm, before, b"")
+
+    def physical_presence_pin(self, *, asserted: bool) -> Outcome:
+        """The hardware line for physical presence (Part 1 §10)."""
+        before = self.state
+        tpm = Tpm(before, self._world, 0)
+        tpm.change_volatile().physical_presence_pin = asserted
+        return self._succeeded(tpm, before, b"")
+
+    def hash_start(self) -> Outcome:
+        """TPM_HASH_START, a bus cycle of locality 4."""
+        return self._bus_cycle(drtm.hash_start)
+
+    def hash_data(self, data: bytes) -> Outcome:
+        """TPM_HASH_DATA, a bus cycle of locality 4."""
+        return self._bus_cycle(lambda tpm: drtm.hash_data(tpm, data))
+
+    def hash_end(self) -> Outcome:
+        """TPM_HASH_END, a bus cycle of locality 4."""
+        return self._bus_cycle(drtm.hash_end)
+
+    def _bus_cycle(self, action: drtm.BusCycle) -> Outcome:
+        before = self.state
+        tpm = Tpm(before, self._world, 4)
+        try:
+            action(tpm)
+        except TpmError as error:
+            tpm.rollback()
+            tpm.change_volatile().self_test = SelfTestState.FAILURE
+            return self._outcome(tpm, before, b"", error.code)
+        return self._succeeded(tpm, before, b"")
+
+    # -- outcomes ----------------------------------------------------------------------------
+
+    def _failed(self, before: State, code: ReturnCode) -> Outcome:
+        return Outcome(_ERROR[code], before, permanent_changed=False, code=code)
+
+    def _ended(self, tpm: Tpm, before: State, blocks: list[AuthBlock], code: ReturnCode) -> Outcome:
+        """A failed command: the sessions it named are gone, unless it was refused unread."""
+        if blocks and code is not ReturnCode.DEFEND_LOCK_RUNNING:
+            sessions = tpm.stany.sessions
+            named = {block.handle for block in blocks}
+            if not named.isdisjoint(sessions):
+                kept = {h: s for h, s in sessions.items() if h not in named}
+                tpm.change_stany().sessions = kept
+        if code is ReturnCode.FAIL:
+            # FAIL means "cannot happen": the TPM no longer trusts itself.
+            tpm.change_volatile().self_test = SelfTestState.FAILURE
+        return self._outcome(tpm, before, _ERROR[code], code)
+
+    def _succeeded(self, tpm: Tpm, before: State, response: bytes) -> Outcome:
+        return self._outcome(tpm, before, response, ReturnCode.SUCCESS)
+
+    def _outcome(self, tpm: Tpm, before: State, response: bytes, code: ReturnCode) -> Outcome:
+        changed = tpm.permanent is not before.permanent
+        if (
+            not changed
+            and tpm.stclear is before.stclear
+            and tpm.stany is before.stany
+            and tpm.volatile is before.volatile
+        ):
+            return Outcome(response, before, permanent_changed=False, code=code)
+        return Outcome(response, tpm.state(), permanent_changed=changed, code=code)
+
+
+def _end_what_commands_end(tpm: Tpm, gates: Gate) -> None:
+    """A SHA-1 thread and saved state do not outlive a command that is not about them."""
+    if tpm.volatile.sha1_thread is not None and not gates & Gate.KEEPS_SHA1_THREAD:
+        tpm.change_volatile().sha1_thread = None
+        tpm.settle()
+    if tpm.permanent.saved_state is not None and not gates & Gate.KEEPS_SAVED_STATE:
+        tpm.change_permanent().saved_state = None
+        tpm.settle()
+
+
+def _check_gates(tpm: Tpm, command: Command, tag: int) -> None:
+    gates = command.gates
+    if (
+        tpm.stclear.failed_tries
+        and tag != Tag.RQU_COMMAND
+        and command.ordinal != _UNLOCKS
+        and lockout_left_us(tpm)
+    ):
+        raise TpmError(ReturnCode.DEFEND_LOCK_RUNNING)
+    tested = tpm.volatile.self_test
+    if tested != SelfTestState.FULL:
+        if tested == SelfTestState.FAILURE:
+            if Gate.IN_FAILURE_MODE not in gates:
+                raise TpmError(ReturnCode.FAILEDSELFTEST)
+        elif Gate.BEFORE_SELF_TEST not in gates and not tpm.stany.post_initialise:
+            self_test.run_full(tpm)
+            tpm.settle()
+    if tpm.stany.post_initialise and Gate.BEFORE_STARTUP not in gates:
+        raise TpmError(ReturnCode.INVALID_POSTINIT)
+    if tpm.permanent.flags.disable and Gate.ENABLED in gates:
+        raise TpmError(ReturnCode.DISABLED)
+    if tpm.stclear.deactivated and Gate.ACTIVE in gates:
+        raise TpmError(ReturnCode.DEACTIVATED)
+    if tpm.permanent.owner_auth is None and Gate.OWNED in gates:
+        raise TpmError(ReturnCode.NOSRK)
+
+
+_UNLOCKS: Final = Ordinal.RESET_LOCK_VALUE
+"""The one command with authorization that runs while the attack defence is on (Part 3 §9.3)."""
+
+
+def _sessions_served(command: Command, tag: int) -> tuple[bool, ...]:
+    count = _TAGS.get(tag)
+    served = None if count is None else command.sessions_by_count.get(count)
+    if served is None:
+        raise TpmError(ReturnCode.BADTAG)
+    return served
+
+
+def _authorize(
+    tpm: Tpm,
+    command: Command,
+    operands: object,
+    sessions: tuple[tuple[bool, ...], list[AuthBlock]],
+    in_param_digest: bytes,
+) -> Authorized:
+    """Resolve key handles, check the keys' own bindings, then the sessions."""
+    if not command.sessions:
+        return Authorized(tpm, NO_SESSIONS, b"", {})
+    keys = {}
+    for operand, reads_only in command.keys:
+        key = tpm.key(getattr(operands, operand))
+        check_key_use(tpm, key, reads_only=reads_only)
+        keys[operand] = key
+    served, blocks = sessions
+    following = iter(blocks)
+    declared: list[tuple[AuthBy, AuthBlock | None]] = [
+        (by, next(following) if is_served else None)
+        for by, is_served in zip(command.sessions, served, strict=True)
+    ]
+    auth = Authorized(tpm, declared, in_param_digest, keys)
+    if blocks:
+        auth.resolve_sessions()
+    auth.verify_declared()
+    return auth
+
+
+def _respond(command: Command, results: object, auth: Authorized) -> bytes:
+    body = encode(results)
+    blocks = auth.blocks
+    if not blocks:
+        return _HEADER.pack(Tag.RSP_COMMAND, HEADER_BYTES + len(body), 0) + body
+    if not auth.is_complete():
+        raise AssertionError(f"TPM_{command.name} did not check every session")
+    ordinal = command.ordinal.to_bytes(4, "big")
+    digest = sha1(_SUCCESS_CODE + ordinal + body[4 * command.handles_out :])
+    signed = auth.sign_response(digest)
+    tag = Tag.RSP_COMMAND + len(blocks)
+    return _HEADER.pack(tag, HEADER_BYTES + len(body) + len(signed), 0) + body + signed

@@ -1,0 +1,191 @@
+"""Sections of state as bytes: versioned, one record per value, unknown things refused.
+
+    version u16 | section id u16 | records: field number u16, key u32, size u32, value
+
+A field that maps handles or indices to values has one record per entry, the key says which; a
+single value has key 0; None has no record. `delta()` gives only the records that differ between two
+states, found by identity, so that a store may append what one command changed.
+
+Invariants:
+- `decode(encode(section))` equals the section; encoding is deterministic.
+- What is not understood whole is refused whole: `StateError` names the reason, nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any, Final, TypeVar, cast
+
+from protocol.return_codes import TpmError
+from protocol.wire import DecodeError, decode, encode, wire_fields
+from tpm12.keys import LoadedKey
+from tpm12.sections import Stored, stored_fields
+from tpm12.state import Permanent, StAny, StClear
+
+S = TypeVar("S")
+
+VERSION: Final = 1
+_HEAD: Final = struct.Struct(">HH")
+_RECORD: Final = struct.Struct(">HII")
+_SECTION_IDS: Final[dict[type, int]] = {Permanent: 1, StClear: 2, StAny: 3}
+_INT_BYTES: Final = 8
+_REMOVED: Final = 0xFFFFFFFF
+"""In a delta, the size of a record that takes its entry away."""
+
+
+class StateError(Exception):
+    """Stored state cannot be read: damaged, or written by a version that knows more."""
+
+
+def encode_section(section: object) -> bytes:
+    """Write a whole section."""
+    out = [_HEAD.pack(VERSION, _SECTION_IDS[type(section)])]
+    for name, declared in stored_fields(type(section)):
+        value = getattr(section, name)
+        for key, entry in _entries(declared, value).items():
+            data = _to_bytes(declared, entry)
+            out.append(_RECORD.pack(declared.number, key, len(data)) + data)
+    return b"".join(out)
+
+
+def decode_section(section_type: type[S], data: bytes) -> S:
+    """Read a whole section.
+
+    Raises:
+        StateError: It is damaged, of another section, or of an unknown version.
+    """
+    section = section_type()
+    _apply(section, _records(section_type, data), allows_removal=False)
+    return section
+
+
+def delta(before: object, after: object) -> bytes:
+    """The records in which two states of one section differ; empty when there are none."""
+    out = []
+    for name, declared in stored_fields(type(after)):
+        old, new = getattr(before, name), getattr(after, name)
+        if old is new:
+            continue
+        old_entries, new_entries = _entries(declared, old), _entries(declared, new)
+        for key, entry in new_entries.items():
+            if old_entries.get(key) is not entry:
+                data = _to_bytes(declared, entry)
+                out.append(_RECORD.pack(declared.number, key, len(data)) + data)
+        out += [
+            _RECORD.pack(declared.number, key, _REMOVED)
+            for key in old_entries
+            if key not in new_entries
+        ]
+    if not out:
+        return b""
+    return _HEAD.pack(VERSION, _SECTION_IDS[type(after)]) + b"".join(out)
+
+
+def apply_delta(section: S, data: bytes) -> S:
+    """The section after a delta; the given one stays as it is.
+
+    Raises:
+        StateError: As `decode_section`.
+    """
+    changed = cast("S", cast("Any", section).clone())
+    _apply(changed, _records(type(section), data), allows_removal=True)
+    return changed
+
+
+def _records(section_type: type, data: bytes) -> list[tuple[int, int, bytes | None]]:
+    if len(data) < _HEAD.size:
+        raise StateError("the state is cut off in its header")
+    version, section_id = _HEAD.unpack_from(data)
+    if version != VERSION:
+        raise StateError(f"the state has format version {version}; this program reads {VERSION}")
+    if section_id != _SECTION_IDS[section_type]:
+        raise StateError(f"the state is of section {section_id}")
+    records: list[tuple[int, int, bytes | None]] = []
+    at = _HEAD.size
+    while at < len(data):
+        if at + _RECORD.size > len(data):
+            raise StateError("the state is cut off in a record")
+        number, key, size = _RECORD.unpack_from(data, at)
+        at += _RECORD.size
+        if size == _REMOVED:
+            records.append((number, key, None))
+            continue
+        if at + size > len(data):
+            raise StateError("the state is cut off in a value")
+        records.append((number, key, data[at : at + size]))
+        at += size
+    return records
+
+
+def _apply(
+    section: object, records: list[tuple[int, int, bytes | None]], *, allows_removal: bool
+) -> None:
+    by_number = {
+        declared.number: (name, declared) for name, declared in stored_fields(type(section))
+    }
+    seen = set()
+    for number, key, data in records:
+        if number not in by_number:
+            raise StateError(f"the state has a field {number} that this program does not know")
+        if (number, key) in seen:
+            raise StateError(f"the state has field {number} twice")
+        seen.add((number, key))
+        name, declared = by_number[number]
+        if data is None:
+            if not allows_removal:
+                raise StateError(f"the state takes field {number} away")
+            _remove(section, name, declared, key)
+            continue
+        value = _from_bytes(declared, data, name)
+        if declared.is_map:
+            setattr(section, name, {**getattr(section, name), key: value})
+        elif key:
+            raise StateError(f"{name} is one value, not a table")
+        else:
+            setattr(section, name, value)
+
+
+def _remove(section: object, name: str, declared: Stored, key: int) -> None:
+    if declared.is_map:
+        table = {k: v for k, v in getattr(section, name).items() if k != key}
+        setattr(section, name, table)
+    else:
+        setattr(section, name, None)
+
+
+def _entries(declared: Stored, value: Any) -> dict[int, Any]:  # noqa: ANN401 - any stored value
+    if declared.is_map:
+        return cast("dict[int, Any]", value)
+    return {} if value is None else {0: value}
+
+
+def _to_bytes(declared: Stored, value: Any) -> bytes:  # noqa: ANN401 - any stored value
+    if declared.codec is bytes:
+        return cast("bytes", value)
+    if declared.codec is int or declared.codec is bool:
+        return int(value).to_bytes(_INT_BYTES, "big")
+    if declared.codec is LoadedKey:
+        return cast("LoadedKey", value).to_bytes()
+    return encode(value)
+
+
+def _from_bytes(declared: Stored, data: bytes, name: str) -> Any:  # noqa: ANN401 - any stored value
+    codec = declared.codec
+    if codec is bytes:
+        return data
+    if codec is int or codec is bool:
+        if len(data) != _INT_BYTES:
+            raise StateError(f"{name} is no number")
+        number = int.from_bytes(data, "big")
+        if codec is int:
+            return number
+        if number > 1:
+            raise StateError(f"{name} is neither true nor false")
+        return bool(number)
+    try:
+        if codec is LoadedKey:
+            return LoadedKey.from_bytes(data)
+        assert wire_fields(codec)
+        return decode(codec, data)
+    except (DecodeError, TpmError) as error:
+        raise StateError(f"{name} is malformed: {error}") from error

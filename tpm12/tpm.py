@@ -1,0 +1,178 @@
+"""One command's view of the TPM: the state as it is, and the changes it makes.
+
+A `Tpm` is a draft. Sections are read directly (`tpm.stclear.pcrs`) and changed through
+`change_*()`, which clones a section before its first change. `rollback()` drops every change since
+the last `settle()`; nothing outside sees a draft until the engine hands it over.
+
+Leaves to others: authorization (`authorization.py`), what commands do (`commands/`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Final
+
+from protocol.constants import KeyHandleValue
+from protocol.return_codes import ReturnCode, TpmError
+from tpm12.keys import LoadedKey
+from tpm12.ports import Clock, KeyGenerator, Rng
+from tpm12.profile import Profile
+from tpm12.state import Permanent, StAny, State, StClear, Volatile
+
+_RESERVED_HANDLES: Final = 0x40
+"""Top byte of the reserved handles; free handles stay out of it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """What an engine is given from outside, once."""
+
+    rng: Rng
+    clock: Clock
+    key_generator: KeyGenerator
+    profile: Profile
+    ordinals: Collection[int]
+    """What the engine implements, for TPM_CAP_ORD."""
+
+
+class Tpm:
+    """The draft a command works on.
+
+    Attributes:
+        permanent, stclear, stany, volatile: The sections; read only, see `change_*()`.
+        locality: Of the command, 0 to 4.
+    """
+
+    __slots__ = (
+        "_permanent",
+        "_stany",
+        "_stclear",
+        "_volatile",
+        "locality",
+        "permanent",
+        "stany",
+        "stclear",
+        "volatile",
+        "world",
+    )
+
+    def __init__(self, state: State, world: World, locality: int) -> None:
+        self.permanent = self._permanent = state.permanent
+        self.stclear = self._stclear = state.stclear
+        self.stany = self._stany = state.stany
+        self.volatile = self._volatile = state.volatile
+        self.world = world
+        self.locality = locality
+
+    # -- changing ----------------------------------------------------------------------------
+
+    def change_permanent(self) -> Permanent:
+        """The permanent section, to be changed: makes the command a durable one."""
+        if self.permanent is self._permanent:
+            self.permanent = self.permanent.clone()
+        return self.permanent
+
+    def change_stclear(self) -> StClear:
+        """The ST_CLEAR section, to be changed."""
+        if self.stclear is self._stclear:
+            self.stclear = self.stclear.clone()
+        return self.stclear
+
+    def change_stany(self) -> StAny:
+        """The ST_ANY section, to be changed."""
+        if self.stany is self._stany:
+            self.stany = self.stany.clone()
+        return self.stany
+
+    def change_volatile(self) -> Volatile:
+        """The volatile section, to be changed."""
+        if self.volatile is self._volatile:
+            self.volatile = self.volatile.clone()
+        return self.volatile
+
+    def settle(self) -> None:
+        """Make the changes so far the ground to which `rollback()` returns."""
+        self._permanent, self._stclear = self.permanent, self.stclear
+        self._stany, self._volatile = self.stany, self.volatile
+
+    def rollback(self) -> None:
+        """Drop every change since the last `settle()`."""
+        self.permanent, self.stclear = self._permanent, self._stclear
+        self.stany, self.volatile = self._stany, self._volatile
+
+    def state(self) -> State:
+        """The state with the changes made."""
+        return State(self.permanent, self.stclear, self.stany, self.volatile)
+
+    # -- what commands ask for ---------------------------------------------------------------
+
+    def random(self, size: int) -> bytes:
+        """Random bytes for nonces, handles, keys."""
+        return self.world.rng.random(size)
+
+    def new_handle(self, *taken: Collection[int]) -> int:
+        """A handle that none of `taken` uses and that is not one of the reserved."""
+        while True:
+            raw = self.world.rng.random(4)
+            handle = int.from_bytes(raw, "big")
+            if raw[0] != _RESERVED_HANDLES and handle and all(handle not in t for t in taken):
+                return handle
+
+    @property
+    def locality_bit(self) -> int:
+        """The command's locality as a TPM_LOCALITY_SELECTION."""
+        return 1 << self.locality
+
+    @property
+    def has_owner(self) -> bool:
+        """Is an owner installed?"""
+        return self.permanent.owner_auth is not None
+
+    @property
+    def has_presence(self) -> bool:
+        """Is physical presence asserted, by command or by the pin (Part 1 §10)?"""
+        flags = self.permanent.flags
+        return (flags.physical_presence_cmd_enable and self.stclear.physical_presence) or (
+            flags.physical_presence_hw_enable and self.volatile.physical_presence_pin
+        )
+
+    def require_presence(self) -> None:
+        """Check physical presence.
+
+        Raises:
+            TpmError: BAD_PRESENCE.
+        """
+        if not self.has_presence:
+            raise TpmError(ReturnCode.BAD_PRESENCE)
+
+    def require_enabled_and_active(self) -> None:
+        """Check opt-in state, for commands that need it only in some cases.
+
+        Raises:
+            TpmError: DISABLED or DEACTIVATED.
+        """
+        if self.permanent.flags.disable:
+            raise TpmError(ReturnCode.DISABLED)
+        if self.stclear.deactivated:
+            raise TpmError(ReturnCode.DEACTIVATED)
+
+    @property
+    def is_enabled_and_active(self) -> bool:
+        """Neither disabled nor deactivated."""
+        return not (self.permanent.flags.disable or self.stclear.deactivated)
+
+    def key(self, handle: int) -> LoadedKey:
+        """The key at a handle: a slot, an owner-evict key, or the SRK.
+
+        Raises:
+            TpmError: INVALID_KEYHANDLE; for the SRK of an unowned TPM too.
+        """
+        found: LoadedKey | None
+        if handle == KeyHandleValue.SRK:
+            found = self.permanent.srk
+        else:
+            found = self.volatile.keys.get(handle) or self.permanent.owner_evict_keys.get(handle)
+        if found is None:
+            raise TpmError(ReturnCode.INVALID_KEYHANDLE, f"no key at 0x{handle:08x}")
+        return found
