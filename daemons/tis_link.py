@@ -1,0 +1,526 @@
+"""The driver's end of tis.sock: runs the TIS driver over a blocking socket.
+
+- One operation at a time; other threads wait for it.
+- A connection that is lost with a command outstanding is made again, and the chip is asked what
+  became of the command: its response is fetched, or it is sent again, but it never runs twice.
+- Whatever goes wrong is a `Failure` that says what, why and what to do.
+
+Leaves to others: the register accesses themselves (`hwtpm/tis_driver.py`), what commands mean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, Self, TypeVar
+
+from daemons.errors import ExitCode, Failure
+from daemons.listeners import Kind, NotListening, connect, set_receive_timeout, set_send_timeout
+from hwtpm.tis_driver import (
+    HASH_LOCALITY,
+    ChipIdentity,
+    Step,
+    StepAnswer,
+    Steps,
+    Timing,
+    TisDriver,
+    TisError,
+    TisFault,
+    WaitInterrupt,
+)
+from protocol.tis_messages import (
+    MESSAGE_BYTES_MAX,
+    VERSION,
+    Answer,
+    Done,
+    Hello,
+    Interrupt,
+    PhysicalPresence,
+    PowerOff,
+    PowerOn,
+    Read,
+    Refused,
+    RefusedReason,
+    Request,
+    Value,
+    Write,
+    decode_answer,
+    encode_message,
+)
+from protocol.wire import DecodeError
+
+T = TypeVar("T")
+
+CONNECT_RETRY_S: Final = 0.05
+CONNECT_TIMEOUT_S: Final = 5.0
+RECONNECT_TIMEOUT_S: Final = 10.0
+ANSWER_TIMEOUT_S: Final = 30.0
+"""How long the chip may leave a register read unanswered, beyond the duration of a command: the
+chip's process may be stopped or starved, which is no fault of the TPM."""
+
+
+class ChipMissing(Failure):
+    """Nobody serves the chip's socket."""
+
+
+class ChipLost(Failure):
+    """The connection ended and could not be made again in time; the command's fate is unknown."""
+
+
+class ChipSilent(Failure):
+    """The chip's process does not answer."""
+
+
+class ChipRefused(Failure):
+    """The chip's process refused the peer, the page or the pin.
+
+    Attributes:
+        reason: Why.
+    """
+
+    def __init__(self, what: str, *, reason: RefusedReason, text: str) -> None:
+        super().__init__(
+            what,
+            why=text,
+            next_step=_REFUSED_NEXT_STEPS[reason],
+            exit_code=ExitCode.NO_PERMISSION,
+        )
+        self.reason = reason
+
+
+class ChipFault(Failure):
+    """The chip answered, and the operation failed all the same.
+
+    Attributes:
+        fault: What kind of failure.
+    """
+
+    def __init__(self, what: str, error: TisError) -> None:
+        super().__init__(
+            what,
+            why=str(error),
+            next_step=_FAULT_NEXT_STEPS.get(error.fault, _LOOK_AT_LOG),
+            exit_code=ExitCode.UNAVAILABLE,
+        )
+        self.fault = error.fault
+
+
+_LOOK_AT_LOG: Final = "Look at the hardware TPM's log; vtpm status shows where it is."
+_REFUSED_NEXT_STEPS: Final = {
+    RefusedReason.UNKNOWN_PEER: "Start this program through the launcher, which registers it.",
+    RefusedReason.PAGE_NOT_GRANTED: 'Grant the page in the domain\'s config, as iomem=["fed42,1"] '
+    "for locality 2, and make tpmlocality= agree with it.",
+    RefusedReason.NOT_PLATFORM: "Only domain 0 powers the platform on and off.",
+    RefusedReason.TOO_WIDE: _LOOK_AT_LOG,
+    RefusedReason.MALFORMED: "Use the same version of this software for both programs.",
+    RefusedReason.TOO_MANY_CONNECTIONS: "Close other connections to the chip.",
+    RefusedReason.CHIP_FAILED: _LOOK_AT_LOG,
+}
+_FAULT_NEXT_STEPS: Final = {
+    TisFault.ABSENT: "Power the platform on with: vtpm up",
+    TisFault.TIMEOUT_A: "Another locality keeps the TPM; wait for it, or end the program there.",
+    TisFault.SEIZED: "A higher locality took the TPM; it is not known whether the command ran.",
+    TisFault.TOO_LONG: "Send a command that fits the TPM's buffer of 4096 bytes.",
+    TisFault.HASH_REFUSED: "The TPM must be started and no locality active for a dynamic launch.",
+}
+
+
+class _LostError(Exception):
+    """The connection ended under an operation."""
+
+
+class _OddAnswerError(Exception):
+    """The chip's process sent a message that has no place there."""
+
+
+class TisLink:
+    """One locality of the hardware TPM, over its socket.
+
+    Nothing is connected before it is needed. Every method may raise these:
+        ChipMissing: Nobody serves the socket, for `connect_timeout_s`.
+        ChipLost: The connection ended and did not come back in `reconnect_timeout_s`.
+        ChipSilent: A register read stayed unanswered.
+        ChipRefused: The chip's process refused it.
+        ChipFault: The chip does not do it.
+
+    Args:
+        path: The chip's socket.
+        locality: 0 to 4.
+        connect_timeout_s: How long to wait for the socket to be there, in seconds.
+        reconnect_timeout_s: How long to wait for a lost chip to come back, in seconds.
+        answer_timeout_s: How long a register read may stay unanswered, in seconds.
+        timing: The waits of the driver before `learn_timing`.
+        use_interrupts: Wait for interrupts; False: poll.
+    """
+
+    def __init__(  # noqa: PLR0913 - two and five named ones with defaults
+        self,
+        path: Path,
+        locality: int,
+        *,
+        connect_timeout_s: float = CONNECT_TIMEOUT_S,
+        reconnect_timeout_s: float = RECONNECT_TIMEOUT_S,
+        answer_timeout_s: float = ANSWER_TIMEOUT_S,
+        timing: Timing | None = None,
+        use_interrupts: bool = True,
+    ) -> None:
+        self._path = path
+        self._connect_timeout_s = connect_timeout_s
+        self._reconnect_timeout_s = reconnect_timeout_s
+        self._answer_timeout_s = answer_timeout_s
+        self._driver = TisDriver(locality, timing=timing, use_interrupts=use_interrupts)
+        self._turn = threading.Lock()
+        self._wire: _Wire | None = None
+        self._identity: ChipIdentity | None = None
+        self._is_closing = False
+        # The chip may hold a response that must not be taken for the next command's; also one of an
+        # earlier process, so this is where every link begins.
+        self._is_unfinished = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the connection, also under an operation of another thread. The chip changes nothing.
+
+        The link may be used again; it connects again then.
+        """
+        self._is_closing = True
+        wire = self._wire
+        if wire is not None:
+            wire.cut()
+        with self._turn:
+            self._drop()
+            self._is_closing = False
+
+    # -- commands
+
+    def exchange(self, request: bytes) -> bytes:
+        """Run one command and give its response.
+
+        Args:
+            request: 10 to 4096 bytes.
+        """
+        with self._turn, self._told("run a command on"):
+            response = self._execute(request, is_outstanding=False)
+            self._finish()
+            return response
+
+    def execute(self, request: bytes) -> bytes:
+        """Run one command and leave its response in the chip until `finish`.
+
+        Whoever stores the response before `finish` can be killed at any instant and learn by
+        `resume` what became of the command.
+        """
+        with self._turn, self._told("run a command on"):
+            return self._execute(request, is_outstanding=False)
+
+    def finish(self) -> None:
+        """Let the chip forget the response."""
+        with self._turn, self._told("end a command on"):
+            self._finish()
+
+    def resume(self, request: bytes) -> bytes:
+        """Give the response of a command that this or an earlier process left outstanding.
+
+        It is run now if it had not run. Its response stays in the chip until `finish`.
+        """
+        with self._turn, self._told("resume a command on"):
+            return self._execute(request, is_outstanding=True)
+
+    def identify(self) -> ChipIdentity:
+        """Take the locality and read what chip this is."""
+        with self._turn, self._told("identify"):
+            return self._initialized(self._connected(self._connect_timeout_s))
+
+    def learn_timing(self) -> Timing:
+        """Ask the started TPM for its timeouts and durations, and use them."""
+        with self._turn, self._told("learn the timing of"):
+            wire = self._connected(self._connect_timeout_s)
+            self._initialized(wire)
+            return wire.run(self._driver.learn_timing())
+
+    def hash_sequence(self, data: bytes) -> None:
+        """Run the dynamic-launch sequence of locality 4 over `data`; its page must be granted."""
+        with self._turn, self._told("run the hash sequence on"):
+            wire = self._connected(self._connect_timeout_s)
+            wire.check_granted(HASH_LOCALITY)
+            wire.run(TisDriver(HASH_LOCALITY, use_interrupts=False).hash_sequence(data))
+
+    def relinquish(self) -> None:
+        """Give the locality up: another one is granted, and a hash sequence accepted, only then."""
+        with self._turn, self._told("give up a locality of"):
+            self._connected(self._connect_timeout_s).run(self._driver.relinquish())
+
+    # -- the platform's pins
+
+    def power_on(self) -> None:
+        """TPM_Init: the platform has power, or was reset."""
+        self._move_pin(PowerOn())
+
+    def power_off(self) -> None:
+        """The platform has no power any more."""
+        self._move_pin(PowerOff())
+
+    def set_physical_presence(self, *, is_asserted: bool) -> None:
+        """Move the physical-presence pin."""
+        self._move_pin(PhysicalPresence(is_asserted=is_asserted))
+
+    def _move_pin(self, request: PowerOn | PowerOff | PhysicalPresence) -> None:
+        with self._turn, self._told("move a pin of"):
+            wire = self._connected(self._connect_timeout_s)
+            wire.ask(request)
+            if not isinstance(request, PhysicalPresence):
+                self._identity = None  # the registers have their reset values
+
+    # -- with the turn held
+
+    def _execute(self, request: bytes, *, is_outstanding: bool) -> bytes:
+        connect_timeout_s = self._connect_timeout_s
+        deadline_s: float | None = None
+        while True:
+            try:
+                wire = self._connected(connect_timeout_s)
+                wire.allow(self._answer_timeout_s + self._driver.timing.duration_s(request))
+                if is_outstanding:
+                    # Before anything else is done to the registers: they know what happened.
+                    response = wire.run(self._driver.resume(request))
+                    if response is not None:
+                        return response
+                elif self._is_unfinished:
+                    self._finish_over(wire)
+                self._initialized(wire)
+                is_outstanding = self._is_unfinished = True
+                return wire.run(self._driver.execute(request))
+            except _LostError:
+                now_s = time.monotonic()
+                if deadline_s is None:
+                    deadline_s = now_s + self._reconnect_timeout_s
+                if now_s >= deadline_s or self._is_closing:
+                    raise
+                connect_timeout_s = deadline_s - now_s
+                time.sleep(CONNECT_RETRY_S)
+
+    def _finish(self) -> None:
+        # With the connection lost there is nothing to do here: the next command begins with it.
+        if self._wire is not None:
+            try:
+                self._finish_over(self._wire)
+            except _LostError:
+                self._drop()
+
+    def _finish_over(self, wire: _Wire) -> None:
+        wire.run(self._driver.finish())
+        self._is_unfinished = False
+
+    def _connected(self, timeout_s: float) -> _Wire:
+        if self._wire is not None and not self._wire.is_usable:
+            self._drop()
+        if self._wire is None:
+            self._wire = _Wire(self._path, self._answer_timeout_s, timeout_s)
+        try:
+            self._wire.check_granted(self._driver.locality)
+        except ChipRefused:
+            self._drop()
+            raise
+        self._wire.allow(self._answer_timeout_s)
+        return self._wire
+
+    def _initialized(self, wire: _Wire) -> ChipIdentity:
+        if self._identity is None:
+            self._identity = wire.run(self._driver.initialize())
+        return self._identity
+
+    def _drop(self) -> None:
+        if self._wire is not None:
+            self._wire.close()
+        self._wire = self._identity = None
+
+    @contextlib.contextmanager
+    def _told(self, doing: str) -> Iterator[None]:
+        """Turn what the layers below raise into what a person reads."""
+        what = f"cannot {doing} the hardware TPM (locality {self._driver.locality})"
+        try:
+            yield
+        except TisError as error:
+            raise ChipFault(what, error) from error
+        except _LostError as error:
+            self._drop()
+            raise ChipLost(
+                what,
+                why=f"the connection to {self._path} ended: {error}",
+                next_step=_LOOK_AT_LOG,
+                exit_code=ExitCode.UNAVAILABLE,
+            ) from error
+        except (TimeoutError, DecodeError, _OddAnswerError) as error:
+            # What comes later would be taken for the answer to something else.
+            self._drop()
+            raise ChipSilent(
+                what,
+                why=f"the process behind {self._path} gave no proper answer: {error}",
+                next_step=_LOOK_AT_LOG,
+                exit_code=ExitCode.UNAVAILABLE,
+            ) from error
+        except ChipRefused:
+            self._drop()
+            raise
+
+
+class _Wire:
+    """One connection: driver steps in, messages out.
+
+    After any exception but `TisError` it is not usable: an answer may still be on its way.
+    """
+
+    def __init__(self, path: Path, answer_timeout_s: float, connect_timeout_s: float) -> None:
+        self.is_usable = True
+        self._has_interrupt = False
+        self._limit_s = 0.0
+        self._socket = _connect(path, connect_timeout_s)
+        try:
+            set_send_timeout(self._socket, answer_timeout_s)
+            self.allow(answer_timeout_s)
+            self._localities = self._greeting().localities
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def cut(self) -> None:
+        """End the connection under whoever waits on it; for other threads."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def allow(self, limit_s: float) -> None:
+        """Let each answer take so long, from now on."""
+        if limit_s != self._limit_s:
+            set_receive_timeout(self._socket, limit_s)
+            self._limit_s = limit_s
+
+    def check_granted(self, locality: int) -> None:
+        """Refuse a page here that the chip would refuse too.
+
+        Raises:
+            ChipRefused: The page was not granted.
+        """
+        if locality not in self._localities:
+            granted = ", ".join(str(n) for n in sorted(self._localities)) or "none"
+            raise ChipRefused(
+                f"cannot use locality {locality} of the hardware TPM",
+                reason=RefusedReason.PAGE_NOT_GRANTED,
+                text=f"this domain was not granted that page (granted: {granted})",
+            )
+
+    def run(self, steps: Steps[T]) -> T:
+        """Run a driver operation.
+
+        Raises:
+            TisError: The operation failed; the connection goes on.
+            _LostError, TimeoutError, DecodeError, _OddAnswerError, ChipRefused: It does not.
+        """
+        answer: StepAnswer = None
+        try:
+            while True:
+                answer = self._perform(steps.send(answer))
+        except StopIteration as end:
+            value: T = end.value
+            return value
+        except TisError:
+            raise
+        except BaseException:
+            self.is_usable = False
+            raise
+
+    def ask(self, request: PowerOn | PowerOff | PhysicalPresence) -> None:
+        """Move a pin and wait until it is done; raises as `run`."""
+        try:
+            self._send(request)
+            self._expect(Done, request)
+        except BaseException:
+            self.is_usable = False
+            raise
+
+    def _perform(self, step: Step) -> StepAnswer:
+        if isinstance(step, Read):
+            self._send(step)
+            return self._expect(Value, step).data
+        if isinstance(step, Write):
+            self._send(step)
+            return None
+        if isinstance(step, WaitInterrupt):
+            self._wait_interrupt(step.limit_s)
+        elif step.interval_s > 0.0:
+            time.sleep(step.interval_s)
+        return time.monotonic()
+
+    def _wait_interrupt(self, limit_s: float) -> None:
+        if not self._has_interrupt and select.select([self._socket], [], [], limit_s)[0]:
+            answer = self._receive()
+            if not isinstance(answer, Interrupt):
+                raise _OddAnswerError(f"{answer} where nothing was asked")
+        self._has_interrupt = False
+
+    def _greeting(self) -> Hello:
+        hello = self._receive()
+        if not isinstance(hello, Hello) or hello.version != VERSION:
+            raise _OddAnswerError(f"{hello} is no greeting of version {VERSION}")
+        return hello
+
+    def _expect(self, kind: type[T], request: Request) -> T:
+        """The answer to a request; an interrupt before it is kept for who waits for it."""
+        while isinstance(answer := self._receive(), Interrupt):
+            self._has_interrupt = True
+        if not isinstance(answer, kind):
+            raise _OddAnswerError(f"{answer} in answer to {request}")
+        return answer
+
+    def _send(self, request: Request) -> None:
+        try:
+            self._socket.send(encode_message(request))
+        except BlockingIOError as error:
+            raise TimeoutError("it takes no more register accesses") from error
+        except OSError as error:
+            raise _LostError(str(error)) from error
+
+    def _receive(self) -> Answer:
+        try:
+            message = self._socket.recv(MESSAGE_BYTES_MAX + 1)
+        except BlockingIOError as error:
+            raise TimeoutError(f"nothing came for {self._limit_s} s") from error
+        except OSError as error:
+            raise _LostError(str(error)) from error
+        if not message:
+            raise _LostError("the chip's process closed it")
+        answer = decode_answer(message)
+        if isinstance(answer, Refused):
+            raise ChipRefused(
+                "the hardware TPM refused an access", reason=answer.reason, text=answer.text
+            )
+        return answer
+
+
+def _connect(path: Path, timeout_s: float) -> socket.socket:
+    """Connect, waiting for a socket that is not there yet."""
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        try:
+            return connect(path, Kind.SEQPACKET, timeout_s)
+        except NotListening as missing:
+            if time.monotonic() >= deadline_s:
+                raise ChipMissing(
+                    f"cannot reach the hardware TPM at {path}",
+                    why=f"{missing.why}, after waiting {timeout_s:g} s",
+                    next_step="Start the stack with: vtpm up",
+                    exit_code=ExitCode.UNAVAILABLE,
+                ) from missing
+        time.sleep(CONNECT_RETRY_S)

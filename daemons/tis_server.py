@@ -1,0 +1,437 @@
+"""The socket side of the chip: carries register accesses from tis.sock to the device.
+
+trio accepts and admits; then one worker thread per connection does blocking receive and send until
+the peer goes. A command runs on the thread that wrote tpmGo, and while it runs the registers answer
+everybody else: another locality can ask for the TPM, or seize it and so discard the command.
+
+- A peer is admitted or refused before a byte of it is read. A page it was not granted, and a pin
+  that is not its business, are refused with the reason, and logged.
+- The engine is never entered twice: commands, hash cycles and pins take one lock, in turn.
+- A connection that ends changes no register. The locality stays with its holder, a command runs to
+  its end and its response waits in the FIFO, until the same locality's next user goes on with it or
+  a higher locality seizes. That is what lets a killed driver come back and learn what happened.
+- An interrupt goes to every connection that has the locality's page. One that does not read gets
+  no more of them; INT_STATUS still says what happened.
+
+Leaves to others: the registers (`hwtpm/tis_device.py`), the engine and its memory (the `ChipPort`),
+who may have which page (`admit`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Protocol, TypeVar
+
+import structlog
+import trio
+
+from daemons.errors import Failure
+from daemons.fair_lock import FairLock
+from daemons.listeners import Listener, PeerCredentials, set_send_timeout
+from daemons.service import DRAIN_S, PEER_FAULTS, Connection, ends_with_its_peer, serve
+from hwtpm.tis_device import Interrupt, PendingCommand, TisDevice, TpmPort
+from protocol import tis_messages as messages
+from protocol.tis_messages import (
+    MESSAGE_BYTES_MAX,
+    RefusedReason,
+    decode_request,
+    encode_message,
+    refused,
+)
+from protocol.wire import DecodeError
+
+T = TypeVar("T")
+
+
+class ChipPort(TpmPort, Protocol):
+    """The engine and the chip's pins. Calls come from worker threads and never overlap.
+
+    What a method raises is our fault and stops the daemon, but for a `Failure` of the pins.
+    """
+
+    def power_on(self) -> None:
+        """TPM_Init; also when the power was on.
+
+        Raises:
+            Failure: The chip cannot start; it stays without power, and the platform is told why.
+        """
+
+    def power_off(self) -> None:
+        """The power goes: volatile state is gone, permanent state has long been stored.
+
+        Raises:
+            Failure: The platform is told.
+        """
+
+    def set_physical_presence(self, *, is_asserted: bool) -> None:
+        """The physical-presence pin.
+
+        Raises:
+            Failure: The platform is told.
+        """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TisPeer:
+    """What a peer may do.
+
+    Attributes:
+        name: Its domain, for the log and for counting its connections.
+        localities: The pages it was granted.
+        is_platform: Whether it moves the chip's pins.
+    """
+
+    name: str
+    localities: frozenset[int]
+    is_platform: bool = False
+
+
+Admit = Callable[[PeerCredentials], TisPeer]
+"""Says what a peer may do; raises `Failure` for a stranger. Called before a byte is read."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TisSettings:
+    """Limits of a TIS server."""
+
+    connections_max: int = 64
+    """Connections at the same time, each with a thread; more are refused."""
+    connections_per_domain_max: int = 8
+    """Connections of one domain, so that none keeps the others out."""
+    send_s: float = 5.0
+    """How long a peer may leave its answers unread, in seconds."""
+    drain_s: float = DRAIN_S
+    """How long a running command may take after a stop was asked for, in seconds."""
+
+
+REFUSALS_LOGGED_MAX: Final = 16
+"""Refused accesses of one connection that are logged; a peer cannot fill the log with more."""
+ACCEPTED_BEYOND: Final = 64
+"""Connections accepted beyond `connections_max`, only to be told that there are too many."""
+
+
+async def serve_tis(
+    listener: Listener,
+    server: TisServer,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve the chip's socket until a signal; see `service.serve`."""
+    settings = server.settings
+    await serve(
+        server.handle,
+        [listener],
+        drain_s=settings.drain_s,
+        connections_max=settings.connections_max + ACCEPTED_BEYOND,
+        task_status=task_status,
+    )
+
+
+class TisServer:
+    """One chip and its connections.
+
+    Args:
+        chip: The engine and the pins.
+        admit: Tells what a peer may do.
+        settings: Limits.
+    """
+
+    def __init__(
+        self, chip: ChipPort, admit: Admit, *, settings: TisSettings | None = None
+    ) -> None:
+        self.settings = settings or TisSettings()
+        self._chip = chip
+        self._admit = admit
+        # Lock order: registers before engine. Who runs a command holds the engine alone.
+        self._registers = threading.Lock()
+        self._engine = FairLock()
+        self.device = TisDevice(_EngineInTurn(chip, self._engine))
+        self._carriers: set[_Carrier] = set()
+        self._threads = trio.CapacityLimiter(self.settings.connections_max)
+        self._per_domain: Counter[str] = Counter()
+
+    @ends_with_its_peer()
+    async def handle(self, connection: Connection) -> None:
+        """Serve one connection to its end (a handler for `service.serve`)."""
+        log = structlog.get_logger().bind(
+            peer_pid=connection.peer.pid, connection=connection.connection_id
+        )
+        try:
+            peer = self._admit(connection.peer)
+        except Failure as failure:
+            log.info("peer refused", reason=str(failure))
+            await _refuse(connection, RefusedReason.UNKNOWN_PEER, failure.what)
+            return
+        limits = self.settings
+        if (
+            self._threads.available_tokens < 1
+            or self._per_domain[peer.name] >= limits.connections_per_domain_max
+        ):
+            log.info("peer refused", reason="too many connections", domain=peer.name)
+            await _refuse(
+                connection,
+                RefusedReason.TOO_MANY_CONNECTIONS,
+                f"{limits.connections_per_domain_max} connections a domain, "
+                f"{limits.connections_max} in all",
+            )
+            return
+        self._per_domain[peer.name] += 1
+        try:
+            await self._carry(connection, peer, log.bind(domain=peer.name))
+        finally:
+            self._per_domain[peer.name] -= 1
+            self._per_domain += Counter()  # forgets names that have no connection
+
+    async def _carry(
+        self, connection: Connection, peer: TisPeer, log: structlog.typing.FilteringBoundLogger
+    ) -> None:
+        """Give the connection to a worker thread, and end it when the daemon stops."""
+        raw = socket.socket(fileno=connection.socket.detach())
+        carrier = _Carrier(raw, peer, self, log)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_end_on_stop, carrier, connection.stopping)
+                await trio.to_thread.run_sync(carrier.run, thread_name="tis", limiter=self._threads)
+                nursery.cancel_scope.cancel()
+        finally:
+            raw.close()
+
+    # -- called from worker threads
+
+    def attach(self, carrier: _Carrier) -> None:
+        """Send interrupts there from now on."""
+        with self._registers:
+            self._carriers.add(carrier)
+
+    def detach(self, carrier: _Carrier) -> None:
+        """Send no more interrupts there; its socket may be closed afterwards."""
+        with self._registers:
+            self._carriers.discard(carrier)
+
+    def read(self, access: messages.Read) -> bytes:
+        """Do a register read."""
+        with self._registers:
+            return self.device.read(access.locality, access.offset, access.count)
+
+    def write(self, access: messages.Write) -> None:
+        """Do a register write, and run the command that it started."""
+        with self._registers:
+            before = self.device.pending_command
+            self.device.write(access.locality, access.offset, access.data)
+            pending = self.device.pending_command
+            self._pass_interrupts()
+        if pending is not None and pending is not before:
+            self._execute(pending)
+
+    def power_on(self) -> None:
+        """Power or reset: whatever runs loses its registers first, then TPM_Init."""
+        with self._registers:
+            self.device.power_off()
+        with self._engine:
+            _ours(self._chip.power_on)
+        with self._registers:
+            self.device.power_on()
+
+    def power_off(self) -> None:
+        """Take the power away."""
+        with self._registers:
+            self.device.power_off()
+        with self._engine:
+            _ours(self._chip.power_off)
+
+    def set_physical_presence(self, *, is_asserted: bool) -> None:
+        """Move the pin."""
+        with self._engine:
+            _ours(lambda: self._chip.set_physical_presence(is_asserted=is_asserted))
+
+    def _execute(self, pending: PendingCommand) -> None:
+        with self._engine:
+            if self.device.pending_command is not pending:
+                return  # aborted while it waited for the engine: it never ran
+            response = _ours(lambda: self._chip.execute(pending.request, pending.locality))
+        with self._registers:
+            self.device.complete(pending, response)
+            self._pass_interrupts()
+
+    def _pass_interrupts(self) -> None:
+        for interrupt in self.device.take_interrupts():
+            for carrier in self._carriers:
+                if interrupt.locality in carrier.peer.localities:
+                    carrier.interrupt(interrupt)
+
+
+class _EngineInTurn:
+    """The engine as the device sees it: hash cycles wait until a running command has ended."""
+
+    def __init__(self, chip: ChipPort, engine: FairLock) -> None:
+        self._chip = chip
+        self._engine = engine
+
+    def hash_start(self) -> bool:
+        with self._engine:
+            return _ours(self._chip.hash_start)
+
+    def hash_data(self, data: bytes) -> bool:
+        with self._engine:
+            return _ours(lambda: self._chip.hash_data(data))
+
+    def hash_end(self) -> bool:
+        with self._engine:
+            return _ours(self._chip.hash_end)
+
+    @property
+    def established(self) -> bool:
+        return self._chip.established
+
+
+def _ours(call: Callable[[], T]) -> T:
+    """Call the chip so that none of its errors can be taken for the peer's."""
+    try:
+        return call()
+    except PEER_FAULTS as error:
+        raise RuntimeError("the chip let an error of its own links escape") from error
+
+
+async def _refuse(connection: Connection, reason: RefusedReason, text: str) -> None:
+    # Never waits: nothing was sent before that could fill the socket.
+    await connection.socket.send(encode_message(refused(reason, text)))
+
+
+async def _end_on_stop(carrier: _Carrier, stopping: trio.Event) -> None:
+    """On a stop let the running command end; when cancelled (or done) end at once."""
+    try:
+        await stopping.wait()
+        carrier.end()
+        await trio.sleep_forever()
+    finally:
+        carrier.cut()
+
+
+class _Carrier:
+    """One connection in its worker thread. `end`, `cut` and `interrupt` are for other threads."""
+
+    def __init__(
+        self,
+        raw: socket.socket,
+        peer: TisPeer,
+        server: TisServer,
+        log: structlog.typing.FilteringBoundLogger,
+    ) -> None:
+        self.peer = peer
+        self._raw = raw
+        self._server = server
+        self._log = log
+        self._refusals = 0
+
+    def end(self) -> None:
+        """Take no more from the peer; what runs may end."""
+        with contextlib.suppress(OSError):
+            self._raw.shutdown(socket.SHUT_RD)
+
+    def cut(self) -> None:
+        """End the connection in both directions."""
+        with contextlib.suppress(OSError):
+            self._raw.shutdown(socket.SHUT_RDWR)
+
+    def interrupt(self, interrupt: Interrupt) -> None:
+        """Tell the peer, if that needs no waiting."""
+        message = messages.Interrupt(
+            locality=interrupt.locality, status=interrupt.status, vector=interrupt.vector
+        )
+        try:
+            self._raw.send(encode_message(message), socket.MSG_DONTWAIT)
+        except OSError as error:
+            self._log.debug("interrupt not delivered", reason=str(error))
+
+    def run(self) -> None:
+        """Serve the connection to its end.
+
+        Raises:
+            DecodeError, ConnectionError, TimeoutError: The peer's fault.
+            Exception: Whatever the chip raises.
+        """
+        self._raw.setblocking(True)
+        set_send_timeout(self._raw, self._server.settings.send_s)
+        self._send(
+            messages.Hello(
+                version=messages.VERSION,
+                locality_mask=sum(1 << locality for locality in self.peer.localities),
+                is_platform=self.peer.is_platform,
+            )
+        )
+        self._log.info("driver connected", localities=sorted(self.peer.localities))
+        self._server.attach(self)
+        try:
+            while message := self._raw.recv(MESSAGE_BYTES_MAX + 1):
+                self._answer(message)
+        finally:
+            self._server.detach(self)
+        self._log.info("driver gone")
+
+    def _answer(self, message: bytes) -> None:
+        try:
+            request = decode_request(message)
+        except DecodeError as error:
+            self._send(refused(RefusedReason.MALFORMED, str(error)))
+            raise
+        if isinstance(request, messages.Read):
+            if self._may(request, request.count):
+                self._send(messages.Value(data=self._server.read(request)))
+        elif isinstance(request, messages.Write):
+            if self._may(request, len(request.data)):
+                self._server.write(request)
+        elif self.peer.is_platform:
+            self._move_pin(request)
+        else:
+            self._refuse(RefusedReason.NOT_PLATFORM, "only the platform moves the chip's pins")
+
+    def _may(self, access: messages.Read | messages.Write, count: int) -> bool:
+        """Refuse an access to a page that was not granted, or one that is too wide."""
+        if access.locality not in self.peer.localities:
+            self._refuse(
+                RefusedReason.PAGE_NOT_GRANTED,
+                f"{self.peer.name} has no right to the page of locality {access.locality}",
+            )
+            return False
+        most = self._server.device.access_bytes_max(access.offset)
+        if count > most:
+            self._refuse(
+                RefusedReason.TOO_WIDE, f"{count} bytes at 0x{access.offset:03x}, at most {most}"
+            )
+            return False
+        return True
+
+    def _move_pin(
+        self, request: messages.PowerOn | messages.PowerOff | messages.PhysicalPresence
+    ) -> None:
+        try:
+            if isinstance(request, messages.PowerOn):
+                self._server.power_on()
+            elif isinstance(request, messages.PowerOff):
+                self._server.power_off()
+            else:
+                self._server.set_physical_presence(is_asserted=request.is_asserted)
+        except Failure as failure:
+            self._refuse(RefusedReason.CHIP_FAILED, f"{failure.what}: {failure.why}")
+            return
+        self._log.info("pin moved", pin=type(request).__name__)
+        self._send(messages.Done())
+
+    def _refuse(self, reason: RefusedReason, text: str) -> None:
+        self._refusals += 1
+        if self._refusals <= REFUSALS_LOGGED_MAX:
+            self._log.warning(
+                "access refused", reason=reason.name, text=text, refusals=self._refusals
+            )
+        self._send(refused(reason, text))
+
+    def _send(self, message: messages.Answer) -> None:
+        try:
+            self._raw.send(encode_message(message))
+        except BlockingIOError as error:
+            raise TimeoutError("the driver leaves its answers unread") from error
