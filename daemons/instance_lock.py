@@ -1,0 +1,111 @@
+"""One live instance of a thing: a locked file that names its holder.
+
+The kernel drops the lock with its holder, so a killed process leaves a file but no lock.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Final, Self
+
+from daemons.errors import ExitCode, Failure
+from daemons.listeners import AlreadyRunning, describe_file, private_directory, start_time_of
+
+_HOLDER: Final = re.compile(rb"(\d{1,10}\n)?")
+"""What a lock file holds: its holder's pid, or nothing while it is being taken."""
+
+
+class InstanceLock:
+    """A lock file held by this process from construction to `close`.
+
+    Args:
+        path: The lock file, in a private directory ("ring.lock" beside "ring.sock").
+        subject: What is held, for the message to the second one ("vTPM vtpm-guest1").
+
+    Raises:
+        AlreadyRunning: Another process holds it; the message names its pid.
+        Failure: The directory is not private, or something else stands at the path.
+    """
+
+    def __init__(self, path: Path, subject: str) -> None:
+        self.path = path
+        with private_directory(path.parent) as directory:
+            try:
+                self._descriptor = os.open(
+                    path.name,
+                    os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC,
+                    0o600,
+                    dir_fd=directory,
+                )
+            except OSError as error:
+                raise _in_the_way(path, describe_file(path, directory)) from error
+            try:
+                self._check_file(directory)
+                self._lock(subject)
+            except BaseException:
+                os.close(self._descriptor)
+                raise
+
+    def _check_file(self, directory: int) -> None:
+        status = os.fstat(self._descriptor)
+        is_plain = stat.S_ISREG(status.st_mode) and status.st_nlink == 1
+        # A file that holds anything but a pid is not a lock of ours, and would be lost with it.
+        if not is_plain or not _HOLDER.fullmatch(os.pread(self._descriptor, 32, 0)):
+            raise _in_the_way(self.path, describe_file(self.path, directory))
+
+    def _lock(self, subject: str) -> None:
+        # No file is exchanged between open and lock: both happen under the directory's lock.
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.pread(self._descriptor, 32, 0).decode("ascii").strip()
+            is_known = holder != "" and start_time_of(int(holder)) is not None
+            raise AlreadyRunning(
+                f"{subject} is already running",
+                why=f"process {holder if is_known else 'unknown'} holds {self.path}",
+                next_step="Only one may run at a time; stop that one first.",
+                exit_code=ExitCode.UNAVAILABLE,
+            ) from error
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
+
+    def close(self) -> None:
+        """Give the lock back and remove its file. Safe to call again."""
+        if self._descriptor == -1:
+            return
+        try:
+            with private_directory(self.path.parent) as directory:
+                if _same_file(self._descriptor, self.path.name, directory):
+                    os.unlink(self.path.name, dir_fd=directory)
+        except Failure:
+            pass  # the directory is gone or no longer ours: then so is the file
+        finally:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _same_file(descriptor: int, name: str, directory: int) -> bool:
+    try:
+        there = os.stat(name, dir_fd=directory, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(os.fstat(descriptor), there)
+
+
+def _in_the_way(path: Path, found: str) -> Failure:
+    return Failure(
+        f"cannot lock {path}",
+        why=f"{found} is in the way",
+        next_step="Look at what it is; it was left alone. Move it away to go on.",
+        exit_code=ExitCode.IO_ERROR,
+    )
