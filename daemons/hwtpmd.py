@@ -1,0 +1,118 @@
+"""hwtpmd: the hardware TPM. An engine behind TIS registers, on a socket that stands for the bus.
+
+It begins without power. The platform (domain 0, the launcher's firmware) powers it on through its
+pins, sends TPM_Startup and measures; the manager drives it through the pages it was granted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import structlog
+import trio
+
+from daemons import logs
+from daemons.chip_memory import ChipMemory
+from daemons.durable_tpm import DurableTpm
+from daemons.listeners import Kind, PeerCredentials, listen
+from daemons.places import Places
+from daemons.registry import Registry, Role
+from daemons.sd_notify import Notifier
+from daemons.service import run_daemon
+from daemons.tis_server import TisPeer, TisServer, serve_tis
+from protocol.constants import LOCALITY_MAX
+from tpm12.commands import ALL
+from tpm12.profile import CHIP
+
+PROGRAM: Final = "hwtpmd"
+DOMAIN: Final = "hwtpm"
+
+
+class Chip:
+    """The engine as the TIS server wants it (`ChipPort`)."""
+
+    def __init__(self, tpm: DurableTpm) -> None:
+        self._tpm = tpm
+
+    @property
+    def established(self) -> bool:
+        """TPM_PERMANENT_FLAGS.tpmEstablished."""
+        return self._tpm.established
+
+    def execute(self, request: bytes, locality: int) -> bytes:
+        """Run one command."""
+        return self._tpm.execute(request, locality)
+
+    def hash_start(self) -> bool:
+        """Bus cycle TPM_HASH_START."""
+        return self._tpm.hash_start()
+
+    def hash_data(self, data: bytes) -> bool:
+        """Bus cycle TPM_HASH_DATA."""
+        return self._tpm.hash_data(data)
+
+    def hash_end(self) -> bool:
+        """Bus cycle TPM_HASH_END."""
+        return self._tpm.hash_end()
+
+    def power_on(self) -> None:
+        """TPM_Init."""
+        self._tpm.power_on()
+        structlog.get_logger().info("power is on")
+
+    def power_off(self) -> None:
+        """Nothing to store: permanent state is stored with every change."""
+        structlog.get_logger().info("power is off")
+
+    def set_physical_presence(self, *, is_asserted: bool) -> None:
+        """The pin."""
+        self._tpm.set_physical_presence(asserted=is_asserted)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Arguments of the process."""
+
+    root: Path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run hwtpmd; the exit status is one of `ExitCode`."""
+    parser = argparse.ArgumentParser(prog=PROGRAM, description="The emulated hardware TPM 1.2.")
+    parser.add_argument("--root", type=Path, default=Path("/"), help="root of the installation")
+    parser.add_argument("--domain", default=DOMAIN, help=argparse.SUPPRESS)
+    found = parser.parse_args(argv)
+    return run_daemon(PROGRAM, partial(_run, Options(root=found.root)))
+
+
+async def _run(options: Options) -> None:
+    logs.configure(PROGRAM, DOMAIN)
+    places = Places(options.root)
+    notifier = Notifier.from_environment(os.environ)
+    places.make_private(places.chip_memory.parent)
+    memory = await trio.to_thread.run_sync(ChipMemory.open, places.chip_memory)
+    tpm = DurableTpm(memory, profile=CHIP, commands=ALL)
+    if tpm.is_new:
+        tpm.save_as_new()
+    server = TisServer(Chip(tpm), _admission(Registry(places.registry)))
+    listener = listen(places.tis_socket, Kind.SEQPACKET)
+    notifier.status("without power")
+    await serve_tis(listener, server)
+
+
+def _admission(registry: Registry) -> Callable[[PeerCredentials], TisPeer]:
+    """Pages by the registry's word: the platform has all, a domain what iomem= grants."""
+
+    def admit(credentials: PeerCredentials) -> TisPeer:
+        domain = registry.lookup(credentials)
+        is_platform = domain.role is Role.DOMAIN0
+        localities = range(LOCALITY_MAX + 1) if is_platform else domain.localities
+        return TisPeer(name=domain.name, localities=frozenset(localities), is_platform=is_platform)
+
+    return admit

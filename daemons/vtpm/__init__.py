@@ -1,0 +1,1 @@
+"""One vTPM: its encrypted image and the TPM that lives in it."""

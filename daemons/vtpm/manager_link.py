@@ -1,0 +1,123 @@
+"""What a vTPM asks of the manager, over its ring.
+
+Source: Xen's VTPM_ORD_* as in `protocol/manager_messages.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, TypeVar
+
+from daemons.errors import ExitCode, Failure
+from protocol import manager_messages as messages
+from protocol.constants import HEADER_BYTES
+from protocol.manager_messages import ManagerOrdinal
+from protocol.return_codes import ReturnCode, TpmError
+from protocol.wire import DecodeError
+
+T = TypeVar("T")
+
+
+class Exchange(Protocol):
+    """Sends one request and gives its response; `RingClient.exchange` is one."""
+
+    def __call__(self, request: bytes, locality: int = 0) -> bytes:
+        """Give the response to `request`."""
+        ...
+
+
+class ManagerLink:
+    """The manager as one vTPM sees it.
+
+    Args:
+        exchange: The ring to the manager.
+    """
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+
+    def load_hash_key(self) -> bytes | None:
+        """Hash and key on record, or None when the manager does not know this vTPM.
+
+        Raises:
+            Failure: The manager refused or answered nonsense.
+        """
+        try:
+            return self._ask(ManagerOrdinal.LOADHASHKEY, None, messages.LoadHashKeyOut).hash_key
+        except TpmError as error:
+            if error.code is ReturnCode.BAD_PARAMETER:
+                return None  # "unknown UUID": the one answer that permits a new vTPM
+            raise _refused("give the key of this vTPM", error) from error
+
+    def save_hash_key(self, hash_key: bytes) -> None:
+        """Put hash and key on record.
+
+        Raises:
+            Failure: The manager refused or answered nonsense.
+        """
+        operands = messages.SaveHashKeyIn(hash_key=hash_key)
+        try:
+            self._ask(ManagerOrdinal.SAVEHASHKEY, operands, messages.Nothing)
+        except TpmError as error:
+            raise _refused("keep the key of this vTPM", error) from error
+
+    def boot_hash(self) -> bytes:
+        """SHA-1 of this vTPM's program as the launcher measured it; 20 bytes.
+
+        Raises:
+            Failure: The manager refused or answered nonsense.
+        """
+        try:
+            return self._ask(ManagerOrdinal.GET_BOOT_HASH, None, messages.GetBootHashOut).kern_hash
+        except TpmError as error:
+            raise _refused("tell the measurement of this vTPM", error) from error
+
+    def hardware_pcr(self, index: int) -> bytes:
+        """One PCR of the hardware TPM; 20 bytes.
+
+        Raises:
+            Failure: The manager or the hardware refused.
+        """
+        request = bytes.fromhex("00c10000000e00000015") + index.to_bytes(4, "big")
+        response = self._exchange(request)
+        if len(response) != HEADER_BYTES + 20 or response[6:10] != bytes(4):
+            raise Failure(
+                f"cannot copy hardware PCR {index}",
+                why=f"the manager answered {response[:HEADER_BYTES].hex()}",
+                next_step="Leave hwinitpcr out of extra=, or look at the manager's log.",
+                exit_code=ExitCode.UNAVAILABLE,
+            )
+        return response[HEADER_BYTES:]
+
+    def pass_on(self, request: bytes) -> bytes:
+        """Give a guest's request for the manager to it unchanged, and its answer back."""
+        return self._exchange(request)
+
+    def _ask(self, ordinal: ManagerOrdinal, operands: object | None, gives: type[T]) -> T:
+        response = self._exchange(messages.request(ordinal, operands))
+        try:
+            return messages.results(gives, response)
+        except DecodeError as error:
+            raise Failure(
+                "cannot understand the manager",
+                why=str(error),
+                next_step="vTPM and manager must be of one version of the stack.",
+                exit_code=ExitCode.UNAVAILABLE,
+            ) from error
+
+
+_REASONS = {
+    ReturnCode.DISABLED: "another live instance has this vTPM open, or its label is not allowed",
+    ReturnCode.FAIL: "the manager could not find out the label of this vTPM",
+    ReturnCode.NOSPACE: "the manager's image is full",
+    ReturnCode.IOERROR: "the manager cannot write its image",
+}
+
+
+def _refused(what: str, error: TpmError) -> Failure:
+    why = _REASONS.get(error.code, "the manager's log says more")
+    return Failure(
+        f"the manager did not {what}",
+        why=f"it answered TPM_{error.code.name}: {why}",
+        next_step="Look at the manager: vtpm status.",
+        exit_code=ExitCode.UNAVAILABLE,
+    )

@@ -1,0 +1,173 @@
+"""vtpmd: one vTPM. Its state lies encrypted in its image, the key lies with the manager.
+
+Start: connect to the manager (waiting until it is there), read the image, start the TPM, serve the
+guest's ring. A TPM is made only for a blank image and a UUID unknown to the manager; its
+endorsement key is made with it, as a maker does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final, TypeVar
+
+import structlog
+import trio
+
+from daemons import logs, policy
+from daemons.durable_tpm import DurableTpm
+from daemons.errors import ExitCode, Failure
+from daemons.launcher.domain_arguments import VtpmArguments
+from daemons.launcher.domain_config import DomainConfig, read_domain
+from daemons.listeners import Kind, PeerCredentials, listen
+from daemons.manager.disk import PosixDisk
+from daemons.places import Places
+from daemons.registry import DomainRecord, Registry
+from daemons.ring_client import RingClient
+from daemons.ring_server import RingPeer, serve_rings
+from daemons.sd_notify import Notifier
+from daemons.service import run_daemon
+from daemons.vtpm.backend import VtpmBackend
+from daemons.vtpm.image import VtpmImage
+from daemons.vtpm.manager_link import ManagerLink
+from tpm12.commands import ALL
+from tpm12.profile import VTPM
+
+PROGRAM: Final = "vtpmd"
+MANAGER_WAIT_S: Final = 24 * 3600.0
+"""How long a vTPM waits for its manager; whoever started it sees what it waits for."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Arguments of the process."""
+
+    root: Path
+    domain: str
+    config: Path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run vtpmd; the exit status is one of `ExitCode`."""
+    options = _parse(argv)
+    return run_daemon(PROGRAM, partial(_run, options))
+
+
+def _parse(argv: list[str] | None) -> Options:
+    parser = argparse.ArgumentParser(prog=PROGRAM, description="One vTPM of the vTPM stack.")
+    parser.add_argument("--root", type=Path, default=Path("/"), help="root of the installation")
+    parser.add_argument("--domain", required=True, help="name of the vTPM's domain")
+    parser.add_argument("--config", type=Path, required=True, help="its xl config file")
+    found = parser.parse_args(argv)
+    return Options(root=found.root, domain=found.domain, config=found.config)
+
+
+async def _run(options: Options) -> None:
+    places = Places(options.root)
+    config = read_domain(options.config)
+    arguments = config.arguments
+    if not isinstance(arguments, VtpmArguments):
+        raise _misconfigured(options, f"its config file describes a {config.role}, not a vTPM")
+    logs.configure(PROGRAM, options.domain, arguments.loglevel)
+    for word in arguments.unknown:
+        structlog.get_logger().info("an argument in extra= is not known and ignored", word=word)
+    registry = Registry(places.registry)
+    own = registry.get(options.domain)
+    if own is None or not own.vtpms:
+        raise _misconfigured(options, "the registry has no such domain with a manager in vtpm=")
+    notifier = Notifier.from_environment(os.environ)
+    ring = RingClient(
+        places.domain(own.vtpms[0].backend).ring_socket,
+        handle=own.vtpms[0].devid,
+        may_run_twice=True,  # keys saved twice are saved once; random bytes and PCRs likewise
+        on_status=notifier.status,
+    )
+    with ring:
+        await _in_thread(partial(ring.connect, MANAGER_WAIT_S))
+        manager = ManagerLink(ring.exchange)
+        tpm = await _in_thread(partial(_open_tpm, places, config, own, manager, notifier))
+        backend = VtpmBackend(
+            tpm,
+            manager,
+            locality_rules=arguments.locality_rules,
+            has_maintenance_commands=arguments.has_maintenance_commands,
+        )
+        listener = listen(places.domain(own.name).ring_socket, Kind.SEQPACKET)
+        notifier.status("serving")
+        rules = policy.load(places.policy)
+        await serve_rings(listener, backend, partial(_admit, registry, rules, own.name))
+
+
+async def _in_thread(call: Callable[[], T]) -> T:
+    """Run slow blocking work; a signal ends the wait, and the process with it."""
+    return await trio.to_thread.run_sync(call, abandon_on_cancel=True)
+
+
+def _open_tpm(
+    places: Places,
+    config: DomainConfig,
+    own: DomainRecord,
+    manager: ManagerLink,
+    notifier: Notifier,
+) -> DurableTpm:
+    """Open the image and start the TPM in it, or make a new one."""
+    disk = config.disk("hda")
+    if disk is None or disk.target is None:
+        raise Failure(
+            f"{own.name} cannot start",
+            why="its config file has no disk hda",
+            next_step='Add disk=["file:/images/NAME.img,hda,w"].',
+            exit_code=ExitCode.CONFIGURATION,
+        )
+    notifier.status("opening the image")
+    image = VtpmImage(PosixDisk(places.images(disk.target)), own.vtpms[0].uuid, manager)
+    tpm = DurableTpm(image, profile=VTPM, commands=ALL)
+    tpm.power_on_and_start()
+    if tpm.is_new:
+        notifier.status("making a new TPM and its endorsement key")
+        tpm.make_endorsement_key()
+        structlog.get_logger().info("made a new TPM", uuid=str(own.vtpms[0].uuid))
+    return tpm
+
+
+def _admit(
+    registry: Registry, rules: policy.Policy, name: str, credentials: PeerCredentials
+) -> RingPeer:
+    """Who may be a frontend: a domain with a vtpm device of ours, as the policy allows.
+
+    Raises:
+        UnknownPeer, NotAllowed: Failures that say why not.
+    """
+    frontend, own = registry.lookup(credentials), registry.get(name)
+    if own is None:
+        raise Failure(
+            f"{name} takes no frontends",
+            why="the registry no longer has it",
+            next_step=f"Start it again: vtpm create {name}.cfg.",
+            exit_code=ExitCode.UNAVAILABLE,
+        )
+    device = next((d for d in frontend.vtpms if d.backend == name), None)
+    if device is None:
+        raise Failure(
+            f"{frontend.name} may not use {name}",
+            why="it has no vtpm device of that backend",
+            next_step=f"Give it one: vtpm vtpm-attach {frontend.name} backend={name}.",
+            exit_code=ExitCode.NO_PERMISSION,
+        )
+    rules.admit(frontend, own, device)
+    return RingPeer(domain=frontend, device=device)
+
+
+def _misconfigured(options: Options, why: str) -> Failure:
+    return Failure(
+        f"vTPM {options.domain} cannot start",
+        why=why,
+        next_step=f"Look at {options.config}; a vTPM is started with `vtpm create`.",
+        exit_code=ExitCode.CONFIGURATION,
+    )
