@@ -1,0 +1,80 @@
+"""Settings: defaults, files, and what is refused in them."""
+
+import dataclasses
+
+import pytest
+
+from daemons.errors import ExitCode
+from daemons.settings import (
+    GuestdSettings,
+    HwtpmdSettings,
+    LauncherSettings,
+    SettingsError,
+    VtpmdSettings,
+    VtpmmgrdSettings,
+    load,
+    parse,
+)
+
+ALL = [LauncherSettings, HwtpmdSettings, VtpmmgrdSettings, VtpmdSettings, GuestdSettings]
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_load_without_a_file_gives_the_defaults(tmp_path, kind):
+    assert load(tmp_path / "none.toml", kind) == kind()
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_parse_empty_file_gives_the_defaults(kind):
+    assert parse(b"", kind, "x.toml") == kind()
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_every_quantity_ends_in_its_unit(kind):
+    def names(of):
+        for field in dataclasses.fields(of):
+            value = getattr(of, field.name)
+            yield from names(value) if dataclasses.is_dataclass(value) else [(field.name, value)]
+
+    for name, value in names(kind()):
+        if not isinstance(value, str | bool):
+            assert name.endswith(("_s", "_max")), name
+
+
+def test_load_file_says_only_what_differs(tmp_path):
+    path = tmp_path / "vtpmd.toml"
+    path.write_text('log_level = "debug"\nreconnect_s = 5\n[rings]\nrings_max = 7\n')
+    path.chmod(0o600)
+    settings = load(path, VtpmdSettings)
+    assert settings.log_level == "debug"
+    assert settings.reconnect_s == 5.0
+    assert settings.rings.rings_max == 7
+    assert settings.rings.send_s == VtpmdSettings().rings.send_s
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"log_level = 'loud'", "none of"),
+        (b"log_level = 3", "none of"),
+        (b"reconnect_s = 'long'", "not a number"),
+        (b"reconnect_s = true", "not a number"),
+        (b"reconnect_s = 0", "from 0.01"),
+        (b"reconnect_s = -1", "from 0.01"),
+        (b"reconnect_s = nan", "from 0.01"),
+        (b"reconnect_s = inf", "from 0.01"),
+        (b"\nreconect_s = 5", "unknown key 'reconect_s' (line 2)"),
+        (b"rings = 5", "not a table"),
+        (b"[rings]\nrings_max = 0", "whole number from 1"),
+        (b"[rings]\nrings_max = 1.5", "whole number from 1"),
+        (b"[rings]\nrings_max = 100000", "whole number from 1"),
+        (b"[rings]\nnothing = 1", "[rings] has an unknown key 'nothing' (line 2)"),
+        (b"a = \n", "line 1"),
+        (b"a = 1\na = 2\n", "line 2"),
+    ],
+)
+def test_parse_file_that_is_not_understood_is_refused_with_its_place(content, why):
+    with pytest.raises(SettingsError) as caught:
+        parse(content, VtpmdSettings, "vtpmd.toml")
+    assert why in caught.value.why
+    assert caught.value.exit_code is ExitCode.CONFIGURATION
