@@ -1,0 +1,57 @@
+"""Options that every subcommand takes, and the way from them to the launcher."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from daemons.places import Places
+
+
+def _inherit_root(context: typer.Context, value: str | None) -> str | None:
+    """`vtpm --root DIR list` means `vtpm list --root DIR`."""
+    return value or (context.obj if isinstance(context.obj, str) else None)
+
+
+Root = Annotated[
+    str | None,
+    typer.Option(
+        "--root",
+        metavar="DIR",
+        callback=_inherit_root,
+        help="Directory of the installation; else VTPM_ROOT, / for root, "
+        "~/.local/state/vtpm for others.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Domain = Annotated[str, typer.Argument(metavar="DOMAIN", help="Name or domid.")]
+Domains = Annotated[list[str], typer.Argument(metavar="DOMAIN...", help="Names or domids.")]
+
+
+def places_of(root: str | None) -> Places:
+    """The installation that the options name."""
+    from daemons.places import Places  # noqa: PLC0415 - `--help` needs none of it
+
+    return Places.choose(root, os.environ)
+
+
+def ask(
+    root: str | None,
+    method: str,
+    /,
+    progress: Callable[[str], None] | None = None,
+    **params: object,
+) -> Any:  # noqa: ANN401 - whatever JSON the method gives
+    """Call one method of the launcher of this installation; parameters that are None are left out.
+
+    Raises:
+        Failure: The stack is not up, or what the launcher answered.
+    """
+    from daemons.launcher_client import LauncherClient  # noqa: PLC0415
+
+    with LauncherClient(places_of(root)) as launcher:
+        return launcher.call(method, progress, 0, **params)

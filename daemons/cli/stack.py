@@ -1,0 +1,184 @@
+"""The whole stack: up, down, status."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from daemons.cli.domains import read_config
+from daemons.cli.options import Root, ask, places_of
+from daemons.cli.output import progress
+from daemons.errors import ExitCode, Failure
+
+if TYPE_CHECKING:
+    from daemons.places import Places
+
+LAUNCHER_END_S: Final = 10.0
+"""After it has answered that everything is stopped, for its own end."""
+
+Step = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class DomainFile:
+    """A config file with what its place in the start order depends on."""
+
+    path: Path
+    text: str
+    name: str
+    backends: tuple[str, ...]
+
+
+def up(
+    configs: Annotated[list[Path] | None, typer.Argument(metavar="[CFG]...")] = None,
+    root: Root = None,
+) -> None:
+    """Start the stack and create the given domains.
+
+    The launcher and the hardware TPM are started and the platform is powered on first.
+
+    Domains are created in the order in which they need each other, whatever order the files are
+    named in; those that run already are left alone.
+    """
+    files = in_start_order([read_domain_file(path) for path in configs or []])
+    with progress("starting") as step:
+        start_launcher(places_of(root), step)
+        ask(root, "power_on", step)
+        present = {row["name"] for row in ask(root, "list")}
+        for file in files:
+            if file.name not in present:
+                step(f"creating {file.name}")
+                create_domain(file, root, step)
+
+
+def down(root: Root = None) -> None:
+    """Stop everything in order, nothing lost."""
+    stop_launcher(places_of(root), root)
+
+
+def create_domain(file: DomainFile, root: str | None, step: Step) -> None:
+    """Create one domain and wait until it is ready."""
+    ask(
+        root,
+        "create",
+        lambda text: step(f"{file.name}: {text}"),
+        config_text=file.text,
+        path=str(file.path.resolve()),
+    )
+
+
+def read_domain_file(path: Path) -> DomainFile:
+    """Read a config file and see what it needs.
+
+    Raises:
+        Failure: It cannot be read, or is malformed; line and column are named.
+    """
+    from daemons.launcher.domain_config import parse_domain  # noqa: PLC0415
+
+    text = read_config(path)
+    domain = parse_domain(text, str(path))
+    backends = tuple(device.backend for device in domain.vtpms)
+    return DomainFile(path=path, text=text, name=domain.name, backends=backends)
+
+
+def in_start_order(files: Sequence[DomainFile]) -> list[DomainFile]:
+    """Put each file behind those of its backends; otherwise the order stays.
+
+    Raises:
+        Failure: Two files of one name, or domains that wait for each other.
+    """
+    names = [file.name for file in files]
+    for file in files:
+        if names.count(file.name) > 1:
+            raise _bad_set(f"two of the files are about a domain {file.name}")
+    ordered: list[DomainFile] = []
+    left = list(files)
+    while left:
+        waited_for = {file.name for file in left}
+        ready = [file for file in left if waited_for.isdisjoint(file.backends)]
+        if not ready:
+            raise _bad_set(f"{', '.join(sorted(waited_for))} wait for each other")
+        ordered += ready
+        left = [file for file in left if file not in ready]
+    return ordered
+
+
+def _bad_set(why: str) -> Failure:
+    return Failure(
+        "cannot start these domains together",
+        why=why,
+        next_step="look at name= and vtpm=[...] in the config files",
+        exit_code=ExitCode.CONFIGURATION,
+    )
+
+
+def start_launcher(places: Places, step: Step) -> None:
+    """Start the launcher of an installation if it does not run, and wait until it answers.
+
+    Raises:
+        Failure: It ended, or took too long; its last words are shown.
+    """
+    if launcher_pid(places) is not None:
+        return
+    step("starting the launcher")
+    # Imported only now: 150 ms that nobody else needs to pay.
+    from daemons.launcherd import start_in_background  # noqa: PLC0415
+
+    start_in_background(places)
+
+
+def launcher_pid(places: Places) -> int | None:
+    """Ask the kernel which process listens on the launcher's socket; None when nobody does."""
+    from daemons.listeners import (  # noqa: PLC0415 - `--help` needs none of it
+        Kind,
+        NotListening,
+        connect,
+        peer_credentials,
+    )
+
+    try:
+        connection = connect(places.launcher_socket, Kind.STREAM)
+    except NotListening:
+        return None
+    with connection:
+        return peer_credentials(connection).pid
+
+
+def stop_launcher(places: Places, root: str | None) -> None:
+    """Stop the stack and wait until the launcher's process has ended.
+
+    Raises:
+        Failure: It has not ended in time.
+    """
+    pid = launcher_pid(places)
+    if pid is None:
+        from daemons.launcher.leftovers import end_leftovers  # noqa: PLC0415 - `--help` needs it not
+
+        end_leftovers(places)  # of a launcher that was killed
+        return
+    try:
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        with progress("stopping") as step:
+            ask(root, "stop", step)
+            ended, _, _ = select.select([process], [], [], LAUNCHER_END_S)
+        with contextlib.suppress(ChildProcessError):  # it is our child when this process started it
+            os.waitpid(pid, os.WNOHANG)
+    finally:
+        os.close(process)
+    if not ended:
+        raise Failure(
+            "the launcher is still there",
+            why=f"process {pid} has stopped everything but has not ended",
+            next_step=f"look at {places.log_dir / 'launcher.log'}",
+            exit_code=ExitCode.FAILED,
+        )

@@ -1,0 +1,102 @@
+"""What a guest's loader measured: a short event list beside the guest's tpm0.
+
+`vtpm pcrs` reads it to say what set each PCR, and checks that against the PCR's value: the list is
+a claim of the loader, the PCR is the evidence.
+
+Leaves to others: measuring (`loader`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+FILE_NAME: Final = "measurements.json"
+FORMAT: Final = 1
+FILE_BYTES_MAX: Final = 64 * 1024
+DIGEST_BYTES: Final = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """One extend.
+
+    Attributes:
+        pcr: The PCR that was extended.
+        digest: SHA-1 of what was measured, hex.
+        what: "kernel", "command line" or "initrd".
+        name: The file's path in the archive, or the command line itself.
+        size: Bytes that were hashed.
+    """
+
+    pcr: int
+    digest: str
+    what: str
+    name: str
+    size: int
+
+
+def sha1(data: bytes) -> bytes:
+    """SHA-1 (20 bytes): the only hash that a TPM 1.2 extends."""
+    return hashlib.sha1(data, usedforsecurity=False).digest()
+
+
+def replay(digests: Iterable[bytes], start: bytes = bytes(DIGEST_BYTES)) -> bytes:
+    """Compute the PCR value after extending `digests` one after the other.
+
+    Spec: TPM Main r116 Part 3 §16.1.
+    """
+    value = start
+    for digest in digests:
+        value = sha1(value + digest)
+    return value
+
+
+def write_measurements(directory: Path, measurements: Iterable[Measurement]) -> None:
+    """Write the list into a guest's run directory, whole or not at all, mode 0600."""
+    text = json.dumps({"format": FORMAT, "events": [asdict(m) for m in measurements]}, indent=1)
+    beside = directory / f".{FILE_NAME}.new"
+    with contextlib.suppress(FileNotFoundError):
+        beside.unlink()
+    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode=0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogateescape") as file:
+        file.write(text + "\n")
+    # No sync: the run directory does not outlive the machine's power cycle.
+    beside.rename(directory / FILE_NAME)
+
+
+def read_measurements(directory: Path) -> list[Measurement]:
+    """Read the list of a guest's run directory; empty when there is none.
+
+    Raises:
+        ValueError: The file is not what `write_measurements` writes.
+    """
+    try:
+        with (directory / FILE_NAME).open("rb") as file:
+            data = file.read(FILE_BYTES_MAX + 1)
+    except FileNotFoundError:
+        return []
+    if len(data) > FILE_BYTES_MAX:
+        raise ValueError(f"more than {FILE_BYTES_MAX} bytes")
+    try:
+        parsed: Any = json.loads(data)
+        if parsed["format"] != FORMAT:
+            raise ValueError(f"format {parsed['format']!r}, this version reads {FORMAT}")
+        events = [Measurement(**event) for event in parsed["events"]]
+    except (KeyError, TypeError) as error:
+        raise ValueError("not a list of measurements") from error
+    for event in events:
+        if len(bytes.fromhex(event.digest)) != DIGEST_BYTES:
+            raise ValueError(f"{event.what} has no SHA-1 digest")
+    return events
+
+
+def forget_measurements(directory: Path) -> None:
+    """Remove the list of an earlier boot."""
+    (directory / FILE_NAME).unlink(missing_ok=True)

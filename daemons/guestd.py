@@ -1,0 +1,272 @@
+"""guestd: one guest, as far as a TPM can tell: it boots measured, then offers tpm0.
+
+What pv-grub did: read what the image boots, extend it into PCR 4 and 5, close the ring. Then what
+the kernel's driver does: open the ring again and serve tpm0. No TPM_Startup is sent from here; the
+vTPM was started by vtpmd, and a program that sends one gets the TPM's own answer.
+
+Order, so that nothing is half done: image and menu are read before the vTPM is waited for; a guest
+that cannot boot leaves no trace in any PCR; tpm0 is there only after the guest has booted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final, TypeVar
+
+import structlog
+import trio
+
+from daemons import logs
+from daemons.errors import ExitCode, Failure
+from daemons.guest import loader
+from daemons.guest.boot_image import BootImage
+from daemons.guest.measurements import Measurement, forget_measurements, write_measurements
+from daemons.guest.tpm0 import CLIENTS_MAX, Tpm0Device
+from daemons.launcher.domain_config import DomainConfig, read_domain
+from daemons.listeners import Kind, listen
+from daemons.places import DomainPlaces, Places
+from daemons.registry import DomainRecord, Registry
+from daemons.ring_client import RingClient
+from daemons.sd_notify import Notifier
+from daemons.service import run_daemon, serve
+from daemons.world import SystemRng
+from protocol.return_codes import TpmError
+from tpm12.client import TpmClient
+from tpm12.client_core import BadResponseError
+
+PROGRAM: Final = "guestd"
+VTPM_WAIT_S: Final = 24 * 3600.0
+"""How long a guest waits for its vTPM to appear; whoever started it sees what it waits for."""
+
+T = TypeVar("T")
+
+
+class NotBooted(Failure):
+    """The guest did not come to run its kernel."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Arguments of the process."""
+
+    root: Path
+    domain: str
+    config: Path
+
+
+class StatusLine:
+    """What `vtpm status` shows of this guest; may be called from any thread."""
+
+    def __init__(self, notifier: Notifier) -> None:
+        self._notifier = notifier
+        self._running = "starting"
+        self._note = ""
+
+    def runs(self, text: str) -> None:
+        """Say what the guest does from now on."""
+        self._running = text
+        self._show()
+
+    def note(self, text: str) -> None:
+        """Say something that stays true beside it."""
+        self._note = f"; {text}"
+        self._show()
+
+    def ring(self, text: str) -> None:
+        """Say how the ring is; once it is well again, what the guest does is shown again."""
+        structlog.get_logger().info(text)
+        if text.startswith("waiting"):
+            self._notifier.status(text)
+        else:
+            self._show()
+
+    def _show(self) -> None:
+        self._notifier.status(self._running + self._note)
+
+
+class Guest:
+    """One run of one guest.
+
+    Args:
+        places: Of the installation.
+        config: The guest's config file.
+        record: The guest in the registry.
+        status: Where to say how it goes.
+    """
+
+    def __init__(
+        self, places: Places, config: DomainConfig, record: DomainRecord, status: StatusLine
+    ) -> None:
+        self._places = places
+        self._own: DomainPlaces = places.domain(record.name)
+        self._config = config
+        self._record = record
+        self._status = status
+
+    async def run(self) -> None:
+        """Boot, then serve tpm0 until SIGTERM.
+
+        Raises:
+            Failure: The guest cannot be booted.
+        """
+        title, measurements = self._read_boot()
+        loader.check_vtpm_label(self._options, self._vtpm_label())
+        forget_measurements(self._own.directory)
+        if not self._record.vtpms:
+            self._status.runs(f"running {title}, without a TPM")
+            await serve(_nobody, [])
+            return
+        await self._load(measurements)
+        await self._serve_tpm0(title)
+
+    @property
+    def _options(self) -> loader.LoaderOptions:
+        arguments = self._config.arguments
+        if not isinstance(arguments, loader.LoaderOptions):
+            raise Failure(
+                f"{self._record.name} is not booted",
+                why=f"its config file says that it is a {self._config.role}, not a guest",
+                next_step='a guest has kernel="/usr/lib/xen/boot/pv-grub-x86_64.gz"',
+                exit_code=ExitCode.CONFIGURATION,
+            )
+        return arguments
+
+    def _read_boot(self) -> tuple[str, tuple[Measurement, ...]]:
+        """Read the image; give the title of what boots and its measurements."""
+        disk = next((disk for disk in self._config.disks if disk.target), None)
+        if disk is None:
+            raise NotBooted(
+                f"{self._record.name} is not booted",
+                why="it has no disk",
+                next_step='add disk=["file:/images/NAME.img,xvda,w"] to its config file',
+                exit_code=ExitCode.CONFIGURATION,
+            )
+        with BootImage(self._places.images(disk.target)) as image:
+            menu_path = self._options.menu_path
+            return image.entry(menu_path).title, loader.measure(image, menu_path)
+
+    def _vtpm_label(self) -> str | None:
+        if not self._record.vtpms:
+            return None
+        backend = Registry(self._places.registry).get(self._record.vtpms[0].backend)
+        return backend.label if backend is not None else None
+
+    def _ring(self) -> RingClient:
+        device = self._record.vtpms[0]
+        return RingClient(
+            self._places.domain(device.backend).ring_socket,
+            handle=device.handle,
+            on_status=self._status.ring,
+        )
+
+    async def _load(self, measurements: tuple[Measurement, ...]) -> None:
+        """Be the loader: measure, record, let go of the ring."""
+        with self._ring() as ring:
+            await _with_ring(ring, partial(ring.connect, VTPM_WAIT_S))
+            self._status.runs("measuring what it boots")
+            try:
+                await _with_ring(
+                    ring,
+                    partial(
+                        loader.extend_all, measurements, TpmClient(ring.exchange, rng=SystemRng())
+                    ),
+                )
+            except (TpmError, BadResponseError) as error:
+                raise NotBooted(
+                    f"{self._record.name} is not booted",
+                    why=f"its vTPM did not take a measurement: {error}",
+                    next_step=f"look at vtpm status and the logs in {self._places.log_dir}",
+                ) from error
+        write_measurements(self._own.directory, measurements)
+        for measurement in measurements:
+            structlog.get_logger().info(
+                "measured",
+                pcr=measurement.pcr,
+                what=measurement.what,
+                name=measurement.name,
+                sha1=measurement.digest,
+            )
+
+    async def _serve_tpm0(self, title: str) -> None:
+        """Be the kernel's driver: open the ring again and serve tpm0."""
+        with self._ring() as ring:
+            await _with_ring(ring, partial(ring.connect, VTPM_WAIT_S))
+            device = Tpm0Device(ring.exchange, self._status.note, ring.close)
+            self._status.runs(f"running {title}")
+            listener = listen(self._own.tpm0, Kind.STREAM)
+            await serve(device.handle, [listener], connections_max=CLIENTS_MAX)
+
+
+async def _with_ring(ring: RingClient, work: Callable[[], T]) -> T:
+    """Run blocking work over a ring in a thread; a cancel closes the ring, which ends the work.
+
+    Raises:
+        Failure, TpmError, BadResponseError: What the work raised; not in a group.
+    """
+    ended: list[Exception] = []
+    done = trio.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_close_when_cancelled, ring, done)
+        try:
+            result = await trio.to_thread.run_sync(work)
+        except (Failure, TpmError, BadResponseError) as error:
+            ended.append(error)
+        finally:
+            done.set()
+            nursery.cancel_scope.cancel()
+    if ended:
+        raise ended[0]
+    return result
+
+
+async def _close_when_cancelled(ring: RingClient, done: trio.Event) -> None:
+    try:
+        await trio.sleep_forever()
+    finally:
+        if not done.is_set():
+            ring.close()
+
+
+async def _nobody(_connection: object) -> None:
+    """Serve no connection: there is no listener that could bring one."""
+
+
+def parse_options(argv: list[str] | None) -> Options:
+    """Read the arguments, as the launcher and the units give them."""
+    parser = argparse.ArgumentParser(prog=PROGRAM, description="One guest of the vTPM stack.")
+    parser.add_argument("--root", type=Path, required=True, help="directory of the installation")
+    parser.add_argument("--domain", required=True, help="name of the guest")
+    parser.add_argument("--config", type=Path, required=True, help="its xl config file")
+    parsed = parser.parse_args(argv)
+    return Options(root=parsed.root.resolve(), domain=parsed.domain, config=parsed.config)
+
+
+async def run(options: Options) -> None:
+    """Run one guest from its start to its stop."""
+    logs.configure(PROGRAM, options.domain)
+    places = Places(options.root)
+    record = Registry(places.registry).get(options.domain)
+    if record is None:
+        raise NotBooted(
+            f"{options.domain} is not booted",
+            why="the registry has no such domain",
+            next_step="start it with: vtpm create CFG",
+            exit_code=ExitCode.UNAVAILABLE,
+        )
+    status = StatusLine(Notifier.from_environment(os.environ))
+    await Guest(places, read_domain(options.config), record, status).run()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the daemon and give its exit status."""
+    options = parse_options(argv)
+    return run_daemon(PROGRAM, partial(run, options))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

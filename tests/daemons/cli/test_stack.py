@@ -1,0 +1,89 @@
+"""up and down: the order of domains, and what is asked of the launcher."""
+
+from pathlib import Path
+
+import pytest
+
+from daemons.cli.stack import DomainFile, in_start_order
+from daemons.errors import ExitCode, Failure
+
+EXAMPLES = Path(__file__).resolve().parents[3] / "examples" / "trusted-dom0"
+
+
+def a_file(name, *backends):
+    return DomainFile(path=Path(f"{name}.cfg"), text="", name=name, backends=backends)
+
+
+def names_in_order(*files):
+    return [file.name for file in in_start_order(files)]
+
+
+def test_order_puts_backends_first_and_keeps_the_rest():
+    files = (
+        a_file("guest1", "vtpm-guest1"),
+        a_file("guest2", "vtpm-guest2"),
+        a_file("vtpm-guest1", "vtpmmgr"),
+        a_file("vtpm-guest2", "vtpmmgr"),
+        a_file("vtpmmgr"),
+    )
+    assert names_in_order(*files) == ["vtpmmgr", "vtpm-guest1", "vtpm-guest2", "guest1", "guest2"]
+
+
+def test_order_leaves_backends_that_run_already_out():
+    assert names_in_order(a_file("guest1", "vtpm-guest1")) == ["guest1"]
+
+
+@pytest.mark.parametrize(
+    "files", [(a_file("a"), a_file("a")), (a_file("a", "b"), a_file("b", "a")), (a_file("a", "a"),)]
+)
+def test_order_that_cannot_be_is_refused(files):
+    with pytest.raises(Failure) as failure:
+        in_start_order(files)
+    assert failure.value.exit_code is ExitCode.CONFIGURATION
+
+
+def test_up_powers_on_and_creates_in_order(launcher, vtpm):
+    launcher.answers["list"] = []
+    files = sorted(EXAMPLES.glob("*.cfg"))
+    assert len(files) == 5
+    done = vtpm("up", *files)
+    assert done.exit_code == 0, done.stderr
+    asked = [method for method, _ in launcher.calls]
+    assert asked == ["power_on", "list", *["create"] * 5]
+    paths = [Path(params["path"]).stem for method, params in launcher.calls if method == "create"]
+    assert paths == ["vtpmmgr", "vtpm-guest1", "vtpm-guest2", "guest1", "guest2"]
+    texts = [params["config_text"] for method, params in launcher.calls if method == "create"]
+    assert texts[0] == (EXAMPLES / "vtpmmgr.cfg").read_text()
+
+
+def test_up_leaves_running_domains_alone(launcher, vtpm):
+    done = vtpm("up", EXAMPLES / "guest1.cfg")
+    assert done.exit_code == 0
+    assert [method for method, _ in launcher.calls] == ["power_on", "list"]
+
+
+def test_up_with_a_malformed_file_starts_nothing(launcher, vtpm, tmp_path):
+    bad = tmp_path / "bad.cfg"
+    bad.write_text('name="guest1\n')
+    done = vtpm("up", EXAMPLES / "vtpmmgr.cfg", bad)
+    assert done.exit_code == ExitCode.CONFIGURATION
+    assert "line 1" in done.stderr
+    assert launcher.calls == []
+
+
+def test_up_stops_at_the_first_domain_that_fails(launcher, vtpm):
+    launcher.answers["list"] = []
+
+    def create(params):
+        if "vtpm-guest1" in params["path"]:
+            return Failure("cannot start vtpm-guest1", why="blank", next_step="look", exit_code=65)
+        return {}
+
+    launcher.answers["create"] = create
+    done = vtpm("up", *sorted(EXAMPLES.glob("*.cfg")))
+    assert done.exit_code == ExitCode.DAMAGED
+    assert [method for method, _ in launcher.calls].count("create") == 2
+
+
+def test_down_without_a_stack_is_done(vtpm):
+    assert vtpm("down").exit_code == 0
