@@ -35,10 +35,17 @@ DOMAIN: Final = "hwtpm"
 
 
 class Chip:
-    """The engine as the TIS server wants it (`ChipPort`)."""
+    """The engine as the TIS server wants it (`ChipPort`).
 
-    def __init__(self, tpm: DurableTpm) -> None:
+    Args:
+        tpm: The engine on its memory.
+        notifier: Where to say whether the power is on.
+    """
+
+    def __init__(self, tpm: DurableTpm, notifier: Notifier) -> None:
         self._tpm = tpm
+        self._notifier = notifier
+        notifier.status("without power")
 
     @property
     def established(self) -> bool:
@@ -64,10 +71,12 @@ class Chip:
     def power_on(self) -> None:
         """TPM_Init."""
         self._tpm.power_on()
+        self._notifier.status("powered on")
         structlog.get_logger().info("power is on")
 
     def power_off(self) -> None:
         """Nothing to store: permanent state is stored with every change."""
+        self._notifier.status("without power")
         structlog.get_logger().info("power is off")
 
     def set_physical_presence(self, *, is_asserted: bool) -> None:
@@ -100,9 +109,8 @@ async def _run(options: Options) -> None:
     tpm = DurableTpm(memory, profile=CHIP, commands=ALL)
     if tpm.is_new:
         tpm.save_as_new()
-    server = TisServer(Chip(tpm), _admission(Registry(places.registry)))
+    server = TisServer(Chip(tpm, notifier), _admission(Registry(places.registry)))
     listener = listen(places.tis_socket, Kind.SEQPACKET)
-    notifier.status("without power")
     await serve_tis(listener, server)
 
 

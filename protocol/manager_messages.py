@@ -439,16 +439,21 @@ def results(structure: type[T], data: bytes) -> T:
 
     Raises:
         TpmError: The manager refused; its return code.
-        DecodeError: The packet is not a response of the manager.
+        DecodeError: The packet is not a response of the manager (an error with another tag is not:
+            nobody may take it for "this vTPM is unknown").
     """
     header, body = split(data)
-    if header.code != ReturnCode.SUCCESS:
+    is_refusal = header.code != ReturnCode.SUCCESS
+    if header.tag != ManagerTag.VTPM_TAG_RSP and not (
+        is_refusal and header.tag == ManagerTag.VTPM_TAG_RSP2
+    ):
+        reason = f"tag {header.tag:#06x} and code {header.code:#x} in the manager's answer"
+        raise DecodeError(ReturnCode.BADTAG, reason)
+    if is_refusal:
         try:
             code = ReturnCode(header.code)
         except ValueError:
             reason = f"the manager answered with the unknown code {header.code:#x}"
             raise DecodeError(ReturnCode.FAIL, reason) from None
         raise TpmError(code, "the manager's answer")
-    if header.tag != ManagerTag.VTPM_TAG_RSP:
-        raise DecodeError(ReturnCode.BADTAG, f"tag {header.tag:#06x} in the manager's answer")
     return decode(structure, body)

@@ -1,0 +1,265 @@
+"""What the manager does with the hardware TPM: start-up, operations under its own name, clean-up.
+
+Source: `stubdom/vtpmmgr/init.c` for the order of start-up. Not kept from there: flushing
+everybody's handles (only the leftovers of an earlier manager are flushed, see `handle_journal.py`),
+one session for the whole life of the manager (sessions are opened for one command and end with it,
+so a failed command takes nothing with it).
+
+Leaves to others: moving bytes (`tis_link.py`), what is sealed (`sealing.py`), TPM_Startup and the
+measuring of the platform (the firmware's part, played by the launcher).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from daemons.errors import ExitCode, Failure
+from daemons.manager.handle_journal import HandleJournal, Handles, Leftovers
+from protocol.constants import CapabilityArea, CapabilityProperty, Ordinal
+from protocol.return_codes import ReturnCode, TpmError
+from protocol.structures import CapVersionInfo
+from protocol.wire import DecodeError, decode
+from tpm12.client import TpmClient
+from tpm12.client_core import BadResponseError
+from tpm12.ports import Rng
+
+Progress = Callable[[str], None]
+
+
+class ChipLink(Protocol):
+    """One locality of the chip; `TisLink` is one. Every method may raise `Failure`."""
+
+    def exchange(self, request: bytes) -> bytes:
+        """Run one command."""
+
+    def execute(self, request: bytes) -> bytes:
+        """Run one command and leave its response in the chip."""
+
+    def finish(self) -> None:
+        """Let the chip forget the response."""
+
+    def resume(self, request: bytes) -> bytes:
+        """Give the response of a command that an earlier process left outstanding."""
+
+    def relinquish(self) -> None:
+        """Let other localities have the chip."""
+
+    def learn_timing(self) -> object:
+        """Ask the chip how long it may take."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChipSecrets:
+    """What the manager needs to know to use the chip; 20 bytes each."""
+
+    owner_auth: bytes
+    srk_auth: bytes
+
+    def __repr__(self) -> str:
+        return "ChipSecrets(<hidden>)"
+
+
+class ChipRefusal(Failure):
+    """The chip answered an operation of the manager with an error.
+
+    Attributes:
+        code: The chip's return code.
+    """
+
+    def __init__(self, doing: str, error: TpmError) -> None:
+        next_step, exit_code = _ADVICE.get(error.code, (_LOOK, ExitCode.FAILED))
+        super().__init__(
+            f"cannot {doing}",
+            why=f"the hardware TPM answered {error}",
+            next_step=next_step,
+            exit_code=exit_code,
+        )
+        self.code = error.code
+
+
+_LOOK: Final = "Look at the log of the hardware TPM."
+_SECRETS: Final = (
+    "Give the secrets the chip was taken with: owner_auth= and srk_auth= in the manager's extra=.",
+    ExitCode.CONFIGURATION,
+)
+_ENABLE: Final = ("Enable and activate the TPM in the firmware's set-up.", ExitCode.UNAVAILABLE)
+_WAIT: Final = ("Wait, then start the manager again.", ExitCode.UNAVAILABLE)
+_ADVICE: Final = {
+    ReturnCode.AUTHFAIL: _SECRETS,
+    ReturnCode.AUTH2FAIL: _SECRETS,
+    ReturnCode.DISABLED: _ENABLE,
+    ReturnCode.DEACTIVATED: _ENABLE,
+    ReturnCode.INSTALL_DISABLED: _ENABLE,
+    ReturnCode.INVALID_POSTINIT: (
+        "The firmware has not started the TPM: power the platform on with `vtpm up`.",
+        ExitCode.UNAVAILABLE,
+    ),
+    ReturnCode.RETRY: _WAIT,
+    ReturnCode.DOING_SELFTEST: _WAIT,
+    ReturnCode.DEFEND_LOCK_RUNNING: _WAIT,
+    ReturnCode.RESOURCES: (
+        "Sessions or key slots of the chip are all taken; a power cycle of the platform frees them",
+        ExitCode.UNAVAILABLE,
+    ),
+}
+
+
+class Chip:
+    """The hardware TPM, from one locality.
+
+    Args:
+        link: Carries commands.
+        secrets: Of owner and SRK.
+        journal: Where open handles are written down.
+        progress: Told what takes long.
+        rng: Gives nonces.
+    """
+
+    def __init__(
+        self,
+        link: ChipLink,
+        secrets: ChipSecrets,
+        journal: HandleJournal,
+        progress: Progress,
+        rng: Rng,
+    ) -> None:
+        self._link = link
+        self._journal = journal
+        self._progress = progress
+        self._client = TpmClient(self._run_own, rng=rng)
+        self.secrets = secrets
+
+    def exchange(self, request: bytes) -> bytes:
+        """Run one command for somebody else, bytes to bytes.
+
+        Raises:
+            Failure: The chip does not answer.
+        """
+        try:
+            return self._link.exchange(request)
+        finally:
+            self._let_others_in()
+
+    @contextlib.contextmanager
+    def operation(self, doing: str) -> Iterator[TpmClient]:
+        """Use the chip for something of the manager's own, and leave nothing open in it.
+
+        Args:
+            doing: Ends the sentence "cannot ...", should it fail.
+
+        Raises:
+            ChipRefusal: The chip answered with an error.
+            Failure: It does not answer, or not authentically.
+        """
+        try:
+            with self._cleaned_up():
+                yield self._client
+        except TpmError as error:
+            raise ChipRefusal(doing, error) from error
+        except BadResponseError as error:
+            raise Failure(
+                f"cannot {doing}",
+                why=f"the hardware TPM's answer is not to be trusted: {error}",
+                next_step="Something between the manager and the chip changes bytes, or the secret"
+                " in owner_auth= or srk_auth= is wrong.",
+                exit_code=ExitCode.UNAVAILABLE,
+            ) from error
+
+    @contextlib.contextmanager
+    def _cleaned_up(self) -> Iterator[None]:
+        try:
+            yield
+        except (TpmError, BadResponseError):
+            self._flush(self._journal.handles)
+            raise
+        else:
+            self._journal.clear()
+        finally:
+            self._let_others_in()
+
+    def _let_others_in(self) -> None:
+        # An idle manager must not keep the firmware (or an operating system at locality 0) out. The
+        # command was answered before; whether this succeeds changes nothing about it.
+        with contextlib.suppress(Failure):
+            self._link.relinquish()
+
+    # -- start-up
+
+    def start(self) -> CapVersionInfo:
+        """Make the chip ready to seal: clean up after an earlier manager, own the chip.
+
+        Raises:
+            Failure: See `operation`; or it is no TPM 1.2.
+        """
+        self._progress("looking at the hardware TPM")
+        # First of all: any other command would wipe out a response that still waits in the chip.
+        left, fresh = self._journal.take_over(self._link.resume, self._link.finish)
+        self._link.learn_timing()
+        version = self._read_version()
+        with self.operation("start the hardware TPM") as tpm:
+            tpm.continue_self_test()
+        self._flush_leftovers(left, fresh)
+        with self.operation("find out whether the hardware TPM has an owner") as tpm:
+            is_owned = tpm.get_property(CapabilityProperty.OWNER) != b"\0"
+        if not is_owned:
+            self._take_ownership()
+        return version
+
+    def _read_version(self) -> CapVersionInfo:
+        with self.operation("identify the hardware TPM") as tpm:
+            told = tpm.get_capability(CapabilityArea.VERSION_VAL)
+        try:
+            version = decode(CapVersionInfo, told)
+        except DecodeError as error:
+            raise _not_usable(f"its version is {told[:16].hex()}: {error}") from error
+        if version.version[:2] != b"\x01\x02":
+            raise _not_usable(f"it has version {version.version[0]}.{version.version[1]}")
+        return version
+
+    def _flush_leftovers(self, left: Leftovers, fresh: Handles) -> None:
+        with self.operation("tell this power cycle of the hardware TPM from another") as tpm:
+            epoch = tpm.call(Ordinal.GET_TICKS).current_time.tick_nonce.hex()
+        self._journal.set_epoch(epoch)
+        self._flush(left.handles if left.epoch == epoch else fresh)
+        self._journal.discard_leftovers()
+
+    def _take_ownership(self) -> None:
+        with self.operation("take ownership of the hardware TPM") as tpm:
+            try:
+                tpm.read_pubek()
+            except TpmError as error:
+                if error.code != ReturnCode.NO_ENDORSEMENT:
+                    raise
+                self._progress("making the hardware TPM's endorsement key")
+                tpm.create_endorsement_key_pair()
+            self._progress("taking ownership of the hardware TPM: making its storage root key")
+            try:
+                tpm.take_ownership(self.secrets.owner_auth, self.secrets.srk_auth)
+            except TpmError as error:
+                # Somebody else was quicker; what counts is whether our SRK secret is right.
+                if error.code != ReturnCode.OWNER_SET:
+                    raise
+
+    # -- handles
+
+    def _run_own(self, request: bytes) -> bytes:
+        return self._journal.run(request, self._link.execute, self._link.finish)
+
+    def _flush(self, handles: Handles) -> None:
+        """Flush what is ours; that some of it has ended already is the normal case."""
+        for kind, handle in handles:
+            with contextlib.suppress(TpmError, BadResponseError):
+                self._client.flush_specific(handle, kind)
+        self._journal.clear()
+
+
+def _not_usable(why: str) -> Failure:
+    return Failure(
+        "cannot use the hardware TPM",
+        why=why,
+        next_step="The manager needs a TPM 1.2.",
+        exit_code=ExitCode.CONFIGURATION,
+    )

@@ -1,0 +1,622 @@
+"""The manager's records, kept so that a power cut at any instant leaves the old or the new.
+
+A save writes the changed leaf and its ancestors to free pages, syncs, writes both copies of the
+next root, syncs, and only then reports success. Pages that the current root needs are never
+written. What a save costs depends on the height of the tree alone, which is the same for one vTPM
+and for the 24,000 that 2 MiB hold: four pages and two syncs.
+
+Source of the idea: `stubdom/vtpmmgr/disk_*.c` (two roots, tree of hashes); the format is ours
+(`vault_format.py`), and so is the order of writes.
+
+Leaves to others: the bytes (`vault_format.py`), who may store what (`requests.py`), the vault key
+(`sealing.py`), locking (one thread at a time may call).
+
+Invariants:
+- What was acknowledged is found again; what was not may be.
+- A vault is created only in a blank image. Everything else that cannot be opened is refused.
+- After a failed write or sync nothing more is read or written until the image is opened again.
+- Memory holds UUIDs and hashes; the keys of the vTPMs stay encrypted on the disk until asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Final
+from uuid import UUID
+
+from daemons.errors import ExitCode
+from daemons.manager.disk import Disk
+from daemons.manager.vault_format import (
+    BODY_BYTES,
+    FANOUT,
+    NIL_UUID,
+    NONCE_BYTES,
+    PAGE_BYTES,
+    PAGES_MAX,
+    PAGES_MIN,
+    RECORDS_PER_LEAF,
+    ROOT_CHILDREN_MAX,
+    ROOT_PAGES,
+    Damaged,
+    Full,
+    NodeKind,
+    NodePlace,
+    NotReadable,
+    NotStored,
+    PageState,
+    Record,
+    Reference,
+    RolledBack,
+    Root,
+    RootHeader,
+    SealedKey,
+    Sealer,
+    Tree,
+    VaultError,
+    VaultKeys,
+    WrongKey,
+    examine_root,
+    level_sizes,
+    pack_references,
+    record_at,
+    root_pages,
+    unpack_references,
+    uuids_of,
+    with_record,
+)
+
+RandomBytes = Callable[[int], bytes]
+BLANK_CHECK_BYTES: Final = 1 << 20
+
+
+# -- what is in an image, before any key is known --------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What an image holds, as far as it can be told without the vault key."""
+
+    header: RootHeader | None
+    """Of the newest root that is whole; None for a blank image."""
+    root_page: bytes = field(default=b"", repr=False)
+    bad_copies: tuple[int, ...] = ()
+    """Pages that should hold this root too and do not."""
+    newer_was_torn: bool = False
+    """The other slot holds a root that was not completely written: the last save did not finish."""
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether the image may be given a new vault."""
+        return self.header is None
+
+
+def inspect(disk: Disk) -> Inspection:
+    """Look at an image.
+
+    Raises:
+        Damaged: It is not blank, and has no whole root.
+        UnknownFormat: It was written by another version.
+        NotReadable, NotStored: The disk fails.
+        VaultError: It is too small.
+    """
+    _check_size(disk)
+    # A process before us may have died between a write and its sync. What we read now will be
+    # acted upon, so it must be what a power cut would leave too.
+    try:
+        disk.sync()
+    except OSError as error:
+        raise NotStored(disk.name, _reason(error)) from error
+    pages = [_read(disk, number) for number in range(ROOT_PAGES)]
+    states = [examine_root(disk.name, number, page) for number, page in enumerate(pages)]
+    roots = [(s.sequence, n) for n, s in enumerate(states) if isinstance(s, RootHeader)]
+    if not roots:
+        _require_blank(disk, states)
+        return Inspection(header=None)
+    sequence, number = max(roots)
+    header, page = states[number], pages[number]
+    assert isinstance(header, RootHeader)
+    copies = root_pages(sequence)
+    if any((sequence, n) in roots and pages[n] != page for n in copies):
+        raise Damaged(disk.name, f"there are two different roots with number {sequence}")
+    return Inspection(
+        header=header,
+        root_page=page,
+        bad_copies=tuple(n for n in copies if pages[n] != page),
+        newer_was_torn=any(
+            states[n] is PageState.TORN for n in range(ROOT_PAGES) if n not in copies
+        ),
+    )
+
+
+def _inspect_vault(disk: Disk) -> tuple[Inspection, RootHeader]:
+    found = inspect(disk)
+    header = found.header
+    if header is None:
+        raise Damaged(disk.name, "it is blank")
+    if header.page_count > disk.size // PAGE_BYTES:
+        why = f"it was cut off: {disk.size} bytes of {header.page_count * PAGE_BYTES} are left"
+        raise Damaged(disk.name, why)
+    return found, header
+
+
+def _require_blank(disk: Disk, states: list[RootHeader | PageState]) -> None:
+    # Creating a vault writes root 1, syncs, writes root 2, syncs, and reports success. So as long
+    # as nothing of root 2 (pages 0 and 2) is there, a torn root 1 never held anything.
+    torn = {number for number, state in enumerate(states) if state is PageState.TORN}
+    if torn - set(root_pages(1)):
+        raise Damaged(disk.name, "it has no intact root; it may not be a manager's image at all")
+    for offset in range(ROOT_PAGES * PAGE_BYTES, disk.size, BLANK_CHECK_BYTES):
+        length = min(BLANK_CHECK_BYTES, disk.size - offset)
+        try:
+            content = disk.read(offset, length)
+        except OSError as error:
+            raise NotReadable(disk.name, _reason(error)) from error
+        if any(content):
+            raise Damaged(disk.name, "it has no intact root and yet is not blank")
+
+
+def _check_size(disk: Disk) -> None:
+    if PAGES_MIN <= disk.size // PAGE_BYTES <= PAGES_MAX:
+        return
+    least, most = PAGES_MIN * PAGE_BYTES, PAGES_MAX * PAGE_BYTES
+    raise VaultError(
+        f"cannot use the manager's image {disk.name}",
+        why=f"it has {disk.size} bytes, and {least} to {most} can be used",
+        next_step=f"For a new manager: dd if=/dev/zero of={disk.name} bs=1M count=2",
+        exit_code=ExitCode.CONFIGURATION,
+    )
+
+
+# -- the vault -------------------------------------------------------------------------------------
+
+
+class Vault:
+    """An open image. Made by `create` or `open`."""
+
+    def __init__(
+        self, disk: Disk, header: RootHeader, keys: VaultKeys, random_bytes: RandomBytes
+    ) -> None:
+        self._disk = disk
+        self._header = header
+        self._sealer = Sealer(disk.name, header.vault_id, keys)
+        self._random_bytes = random_bytes
+        self._page_count = disk.size // PAGE_BYTES
+        self._levels: list[list[Reference]] = [[] for _ in level_sizes(0)]
+        self._positions: dict[bytes, int] = {}
+        self._vacant: list[int] = []
+        # First freed, first used: the pages of the root before stay intact as long as possible.
+        self._free = deque(range(ROOT_PAGES, self._page_count))
+        self._failure: NotStored | None = None
+
+    @classmethod
+    def create(
+        cls,
+        disk: Disk,
+        vault_key: bytes,
+        *,
+        vault_id: bytes,
+        seals: tuple[SealedKey, ...],
+        random_bytes: RandomBytes,
+    ) -> Vault:
+        """Make a vault in a blank image.
+
+        Args:
+            disk: The image.
+            vault_key: 32 random bytes that are sealed in `seals`.
+            vault_id: 16 random bytes.
+            seals: Where the next manager finds the vault key.
+            random_bytes: Gives nonces.
+
+        Raises:
+            Damaged: The image is not blank.
+            VaultError: See `inspect` and `save`.
+        """
+        if not inspect(disk).is_blank:
+            raise Damaged(disk.name, "a new vault was asked for, and it has one already")
+        keys = VaultKeys.derive(vault_key)
+        header = RootHeader(
+            sequence=0,
+            vault_id=vault_id,
+            page_count=disk.size // PAGE_BYTES,
+            key_check=keys.key_check,
+            seals=seals,
+        )
+        vault = cls(disk, header, keys, random_bytes)
+        # Twice: see `_require_blank`.
+        vault._commit_root(vault._levels, seals)
+        vault._commit_root(vault._levels, seals)
+        return vault
+
+    @classmethod
+    def open(
+        cls,
+        disk: Disk,
+        unseal: Callable[[RootHeader], bytes],
+        *,
+        random_bytes: RandomBytes,
+        minimum_sequence: int = 0,
+    ) -> Vault:
+        """Open the newest state of an image, after checking all of it.
+
+        Args:
+            disk: The image.
+            unseal: Gives the vault key, from the seals in the header; what it raises is passed on.
+            random_bytes: Gives nonces.
+            minimum_sequence: What is known from elsewhere (the chip) to have been acknowledged.
+
+        Raises:
+            WrongKey: `unseal` gave the key of another vault.
+            RolledBack: The image is older than `minimum_sequence`.
+            Damaged: Anything does not verify, or the image is blank.
+            VaultError: See `inspect`.
+        """
+        found, header = _inspect_vault(disk)
+        vault = cls(disk, header, VaultKeys.derive(unseal(header)), random_bytes)
+        vault._load(found, minimum_sequence)
+        return vault
+
+    def reopened(self, disk: Disk) -> Vault:
+        """Open the image again after a failure, with the key that this vault has.
+
+        Nothing older than what was acknowledged is taken.
+
+        Raises:
+            VaultError: See `open`.
+        """
+        found, header = _inspect_vault(disk)
+        if header.vault_id != self._header.vault_id:
+            raise Damaged(disk.name, "it is another vault's image than before")
+        vault = Vault(disk, header, self._sealer.keys, self._random_bytes)
+        vault._load(found, self.sequence)
+        return vault
+
+    def close(self) -> None:
+        """Let the image go."""
+        self._disk.close()
+
+    # -- what callers see
+
+    @property
+    def header(self) -> RootHeader:
+        """The plain part of the current root."""
+        return self._header
+
+    @property
+    def sequence(self) -> int:
+        """How many roots were written; a save adds one."""
+        return self._header.sequence
+
+    @property
+    def failure(self) -> NotStored | None:
+        """Why the vault must be opened again, if it must."""
+        return self._failure
+
+    @property
+    def capacity(self) -> int:
+        """How many records the image can hold, when all places are used."""
+        most = self._page_count - ROOT_PAGES
+        leaves = most
+        while sum(sizes := level_sizes(leaves)) + len(sizes) > most:
+            leaves -= 1
+        return leaves * RECORDS_PER_LEAF
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __contains__(self, uuid: UUID) -> bool:
+        return uuid.bytes in self._positions
+
+    def __iter__(self) -> Iterator[UUID]:
+        return (UUID(bytes=uuid) for uuid in self._positions)
+
+    def load(self, uuid: UUID) -> Record | None:
+        """Give the record of a vTPM, or None when there is none.
+
+        Raises:
+            Damaged: Its page is not what was written.
+            NotReadable: The disk fails.
+            NotStored: The vault must be opened again first.
+        """
+        self._require_working()
+        position = self._positions.get(uuid.bytes)
+        if position is None:
+            return None
+        leaf, place = divmod(position, RECORDS_PER_LEAF)
+        record = record_at(self._read_leaf(leaf), place)
+        assert record.uuid == uuid.bytes
+        return record
+
+    def save(self, record: Record) -> None:
+        """Store one record; on return it survives a power cut.
+
+        Raises:
+            Full: No room; nothing changed, and records that are there can still be changed.
+            NotStored: The disk failed; the vault must be opened again.
+            Damaged, NotReadable: The leaf it belongs to cannot be read; nothing changed.
+        """
+        self.commit([record])
+
+    def delete(self, uuid: UUID) -> None:
+        """Take one record out; on return it is gone for good. Raises as `save`, not `Full`."""
+        self.commit((), removed=[uuid])
+
+    def commit(self, records: Iterable[Record], *, removed: Iterable[UUID] = ()) -> None:
+        """Store and remove several records in one step: all of it or nothing.
+
+        Raises:
+            VaultError: See `save`. `Full` also when more changes at once than there are free pages.
+        """
+        self._require_working()
+        change = _Change(self._positions, self._vacant, len(self._levels[0]))
+        for record in records:
+            change.put(record)
+        for uuid in removed:
+            change.remove(uuid.bytes)
+        if not change.by_position:
+            return
+        levels, replaced, used = self._write_nodes(change)
+        self._commit_root(levels, self._header.seals)
+        for _ in range(used):
+            self._free.popleft()
+        self._free.extend(replaced)
+        self._levels = levels
+        change.apply(self._positions, self._vacant)
+
+    def reseal(self, seals: tuple[SealedKey, ...]) -> None:
+        """Replace the sealed forms of the vault key. The key itself stays.
+
+        Raises:
+            Full: They do not fit into the header; nothing changed.
+            NotStored: The disk failed; the vault must be opened again.
+        """
+        self._require_working()
+        self._commit_root(self._levels, seals)
+
+    # -- saving
+
+    def _write_nodes(self, change: _Change) -> tuple[list[list[Reference]], list[int], int]:
+        """Write the changed leaves and all nodes above them to free pages, and sync.
+
+        Returns:
+            The levels as they will be; the pages that are free then; how many were taken.
+        """
+        sizes = level_sizes(change.leaf_count)
+        dirty = self._dirty_nodes(change, sizes)
+        needed = sum(map(len, dirty))
+        growth = sum(sizes) - sum(map(len, self._levels))
+        # Whoever is stored must stay changeable: one path of free pages is never given away.
+        if needed > len(self._free) or (growth and len(self._free) - growth < len(sizes)):
+            raise Full(
+                self._disk.name,
+                f"{len(self)} vTPMs are stored, and {len(self._free)} of its"
+                f" {self._page_count} pages are free",
+            )
+        # Everything that can be refused is read before the first byte is written.
+        leaves = {number: self._changed_leaf(change, number) for number in dirty[0]}
+        levels = [list(level) for level in self._levels]
+        levels += [[] for _ in range(len(sizes) - len(levels))]
+        replaced: list[int] = []
+        pages = iter(list(self._free))
+        for level, numbers in enumerate(dirty):
+            for number in sorted(numbers):
+                body = leaves[number] if level == 0 else self._interior(levels[level - 1], number)
+                reference = self._write_node(next(pages), NodePlace(level, number), body)
+                if number < len(levels[level]):
+                    replaced.append(levels[level][number].page)
+                    levels[level][number] = reference
+                else:
+                    levels[level].append(reference)
+        self._sync()
+        return levels, replaced, needed
+
+    def _dirty_nodes(self, change: _Change, sizes: list[int]) -> list[set[int]]:
+        dirty: list[set[int]] = []
+        touched = change.leaves()
+        for level, size in enumerate(sizes):
+            present = len(self._levels[level]) if level < len(self._levels) else 0
+            dirty.append(touched | set(range(present, size)))
+            touched = {number // FANOUT for number in dirty[-1]}
+        return dirty
+
+    def _changed_leaf(self, change: _Change, number: int) -> bytes:
+        is_present = number < len(self._levels[0])
+        body = self._read_leaf(number) if is_present else bytes(BODY_BYTES)
+        for place, record in change.in_leaf(number):
+            body = with_record(body, place, record)
+        return body
+
+    @staticmethod
+    def _interior(below: list[Reference], number: int) -> bytes:
+        return pack_references(below[number * FANOUT : (number + 1) * FANOUT])
+
+    def _write_node(self, page: int, place: NodePlace, body: bytes) -> Reference:
+        nonce = self._random_bytes(NONCE_BYTES)
+        stored = self._sealer.close_node(page, place, body, sequence=self.sequence + 1, nonce=nonce)
+        self._write(page, stored)
+        return Reference(page=page, digest=hashlib.sha256(stored).digest())
+
+    def _commit_root(self, levels: list[list[Reference]], seals: tuple[SealedKey, ...]) -> None:
+        header = RootHeader(
+            sequence=self._header.sequence + 1,
+            vault_id=self._header.vault_id,
+            page_count=self._page_count,
+            key_check=self._header.key_check,
+            seals=seals,
+        )
+        tree = Tree(
+            kind=NodeKind.RECORDS,
+            levels=len(levels),
+            leaf_count=len(levels[0]),
+            children=tuple(levels[-1]),
+        )
+        root = Root(sequence=header.sequence, trees=(tree,))
+        page = self._sealer.close_root(header, root, nonce=self._random_bytes(NONCE_BYTES))
+        for number in root_pages(header.sequence):
+            self._write(number, page)
+        self._sync()
+        self._header = header
+
+    # -- opening
+
+    def _load(self, found: Inspection, minimum_sequence: int) -> None:
+        header, name = self._header, self._disk.name
+        if self._sealer.keys.key_check != header.key_check:
+            raise WrongKey(name)
+        root = self._sealer.open_root(found.root_page, header.sequence)
+        # Only now is the sequence number proven.
+        if header.sequence < minimum_sequence:
+            raise RolledBack(name, header.sequence, minimum_sequence)
+        self._load_tree(root)
+        self._heal(found)
+
+    def _load_tree(self, root: Root) -> None:
+        name = self._disk.name
+        if len(root.trees) != 1 or root.trees[0].kind != NodeKind.RECORDS:
+            raise Damaged(name, "its root has trees that this version does not know")
+        tree = root.trees[0]
+        if tree.leaf_count > self._page_count:
+            raise Damaged(name, "its root has more leaves than the image has pages")
+        sizes = level_sizes(tree.leaf_count)
+        if tree.levels != len(sizes) or len(tree.children) != min(sizes[-1], ROOT_CHILDREN_MAX):
+            raise Damaged(name, "its root has the wrong number of children")
+        taken: set[int] = set()
+        levels = [list(tree.children)]
+        for level in range(len(sizes) - 1, 0, -1):
+            below: list[Reference] = []
+            for number, reference in enumerate(levels[0]):
+                body = self._read_checked(reference, NodePlace(level, number), taken)
+                count = min(FANOUT, sizes[level - 1] - number * FANOUT)
+                below += unpack_references(name, body, count)
+            levels.insert(0, below)
+        self._levels = levels
+        for leaf, reference in enumerate(levels[0]):
+            body = self._read_checked(reference, NodePlace(0, leaf), taken)
+            self._index_leaf(leaf, body)
+        self._vacant.reverse()
+        self._free = deque(n for n in range(ROOT_PAGES, self._page_count) if n not in taken)
+
+    def _read_checked(self, reference: Reference, place: NodePlace, taken: set[int]) -> bytes:
+        if not ROOT_PAGES <= reference.page < self._page_count or reference.page in taken:
+            raise Damaged(self._disk.name, f"page {reference.page} cannot be a node, or is two")
+        taken.add(reference.page)
+        return self._sealer.open_node(reference, place, _read(self._disk, reference.page))
+
+    def _index_leaf(self, leaf: int, body: bytes) -> None:
+        for position, uuid in enumerate(uuids_of(body), leaf * RECORDS_PER_LEAF):
+            if uuid == NIL_UUID:
+                self._vacant.append(position)
+            elif self._positions.setdefault(uuid, position) != position:
+                raise Damaged(self._disk.name, f"there are two records for {UUID(bytes=uuid)}")
+
+    def _heal(self, found: Inspection) -> None:
+        """Restore the second copy of the root, then finish a creation that was cut off."""
+        for number in found.bad_copies:
+            self._write(number, found.root_page)
+        if found.bad_copies:
+            self._sync()
+        if self.sequence == 1:
+            self._commit_root(self._levels, self._header.seals)
+
+    # -- the disk
+
+    def _read_leaf(self, number: int) -> bytes:
+        reference = self._levels[0][number]
+        return self._sealer.open_node(
+            reference, NodePlace(0, number), _read(self._disk, reference.page)
+        )
+
+    def _write(self, page: int, content: bytes) -> None:
+        try:
+            self._disk.write(page * PAGE_BYTES, content)
+        except OSError as error:
+            raise self._poison(error) from error
+
+    def _sync(self) -> None:
+        try:
+            self._disk.sync()
+        except OSError as error:
+            raise self._poison(error) from error
+
+    def _poison(self, error: OSError) -> NotStored:
+        self._failure = NotStored(self._disk.name, _reason(error))
+        return self._failure
+
+    def _require_working(self) -> None:
+        if self._failure is not None:
+            raise NotStored(self._disk.name, f"{self._failure.why}, and it was not opened since")
+
+
+class _Change:
+    """Which positions get which records, planned before anything is written."""
+
+    def __init__(self, positions: dict[bytes, int], vacant: list[int], leaf_count: int) -> None:
+        self._positions = positions
+        self._vacant = vacant
+        self._placed: dict[bytes, int] = {}
+        self._removed: dict[bytes, int] = {}
+        self._vacant_taken = 0
+        self._beyond = leaf_count * RECORDS_PER_LEAF
+        self.by_position: dict[int, Record | None] = {}
+
+    def put(self, record: Record) -> None:
+        if record.uuid == NIL_UUID:
+            raise ValueError("the nil UUID marks an empty place")
+        position = self._positions.get(record.uuid, self._placed.get(record.uuid))
+        if position is None:
+            position = self._placed[record.uuid] = self._next_place()
+        self._removed.pop(record.uuid, None)
+        self.by_position[position] = record
+
+    def remove(self, uuid: bytes) -> None:
+        position = self._positions.get(uuid, self._placed.get(uuid))
+        if position is not None:
+            self.by_position[position] = None
+            self._removed[uuid] = position
+
+    def _next_place(self) -> int:
+        if self._vacant_taken < len(self._vacant):
+            self._vacant_taken += 1
+            return self._vacant[-self._vacant_taken]
+        self._beyond += 1
+        return self._beyond - 1
+
+    @property
+    def leaf_count(self) -> int:
+        """Leaves there will be."""
+        return -(-self._beyond // RECORDS_PER_LEAF)
+
+    def leaves(self) -> set[int]:
+        """Leaves that change."""
+        return {position // RECORDS_PER_LEAF for position in self.by_position}
+
+    def in_leaf(self, number: int) -> Iterator[tuple[int, Record | None]]:
+        """The places of one leaf that change."""
+        start = number * RECORDS_PER_LEAF
+        for position, record in self.by_position.items():
+            if start <= position < start + RECORDS_PER_LEAF:
+                yield position - start, record
+
+    def apply(self, positions: dict[bytes, int], vacant: list[int]) -> None:
+        """Bring the index up to date, after the change has become durable."""
+        if self._vacant_taken:
+            del vacant[-self._vacant_taken :]
+        positions.update(self._placed)
+        end = self.leaf_count * RECORDS_PER_LEAF
+        vacant[:0] = range(end - 1, self._beyond - 1, -1)
+        for uuid, position in self._removed.items():
+            del positions[uuid]
+            vacant.append(position)
+
+
+def _read(disk: Disk, page: int) -> bytes:
+    try:
+        return disk.read(page * PAGE_BYTES, PAGE_BYTES)
+    except OSError as error:
+        raise NotReadable(disk.name, _reason(error)) from error
+
+
+def _reason(error: OSError) -> str:
+    return (error.strerror or str(error)).lower()

@@ -1,0 +1,314 @@
+"""vtpmmgrd: the manager. One per machine, between the vTPMs and the hardware TPM.
+
+In this order, so that nothing is half done: configuration, settings and policy are read; the image
+is opened and locked; the chip is started, and owned if it has no owner; the vault is opened (or
+made, in a blank image); only then is the ring socket there, and READY said. A manager that cannot
+open its image serves nobody: a vTPM that is told "unknown" would start fresh.
+
+Requests run in the ring server's worker threads, one at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final, TypeVar
+
+import structlog
+import trio
+
+from daemons import logs, policy, settings
+from daemons.errors import ExitCode, Failure
+from daemons.launcher.domain_arguments import ManagerArguments, TpmDriver
+from daemons.launcher.domain_config import STATE_DISK, DomainConfig, read_domain
+from daemons.listeners import InheritedSockets, Kind, inherit_or_listen
+from daemons.manager import sealing
+from daemons.manager.admission import Admission, Client, label_patterns
+from daemons.manager.chip import Chip, ChipSecrets, Progress
+from daemons.manager.disk import PosixDisk
+from daemons.manager.handle_journal import HandleJournal
+from daemons.manager.requests import Requests
+from daemons.manager.vault import Vault, inspect
+from daemons.manager.vault_format import KEY_BYTES, RootHeader, SealedKey
+from daemons.manager.vault_keeper import VaultKeeper
+from daemons.places import Places
+from daemons.registry import Registry, Role
+from daemons.ring_server import Refused, RingPeer, serve_rings
+from daemons.sd_notify import Notifier
+from daemons.service import run_daemon
+from daemons.settings import VtpmmgrdSettings
+from daemons.tis_link import TisLink
+from daemons.world import SystemRng
+from tpm12.ports import Rng
+
+PROGRAM: Final = "vtpmmgrd"
+SOCKET_NAME: Final = "ring"
+"""What the ring socket is called when systemd passes it."""
+VAULT_ID_BYTES: Final = 16
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Arguments of the process."""
+
+    root: Path
+    domain: str
+    config: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """What configuration and settings say, checked."""
+
+    image: Path
+    arguments: ManagerArguments
+    seal_pcrs: tuple[int, ...]
+
+
+class ManagerBackend:
+    """The manager behind its rings.
+
+    Args:
+        requests: Answers requests.
+        admission: Tells who a ring's frontend is.
+    """
+
+    def __init__(self, requests: Requests, admission: Admission) -> None:
+        self._requests = requests
+        self._admission = admission
+        self._clients: dict[int, Client] = {}
+
+    def attached(self, peer: RingPeer) -> None:
+        """Take a vTPM."""
+        try:
+            client = self._admission.client(peer)
+        except Failure as failure:
+            raise Refused(str(failure)) from failure
+        self._clients[peer.connection_id] = client
+        structlog.get_logger().info("vTPM connected", vtpm=client.domain, uuid=str(client.uuid))
+
+    def execute(self, peer: RingPeer, request: bytes, locality: int, sequence: int) -> bytes:
+        """Answer one request. Clients have no locality of the chip: the manager uses its own."""
+        del locality, sequence
+        return self._requests.execute(self._clients[peer.connection_id], request)
+
+    def detached(self, peer: RingPeer) -> None:
+        """Let go of a vTPM; its UUID is free for the next connection."""
+        self._requests.disconnected(self._clients.pop(peer.connection_id))
+
+
+# -- the vault -------------------------------------------------------------------------------------
+
+
+def open_vault(
+    disk: PosixDisk, chip: Chip, setup: Setup, progress: Progress, rng: Rng
+) -> tuple[Vault, SealedKey]:
+    """Open the vault in an image, or make one in a blank image.
+
+    Returns:
+        The vault, and the seal by which it is opened.
+
+    Raises:
+        Failure: The image is damaged, or the chip does not give the key; both stay as they are.
+    """
+    # Before the chip is touched: an image that is refused must not cost a chip its owner.
+    is_blank = inspect(disk).is_blank
+    chip.start()
+    if is_blank:
+        progress("making a new vault in a blank image")
+        return create_vault(disk, chip, setup, rng)
+    progress("unsealing the manager's key")
+    opened_by: list[tuple[bytes, SealedKey]] = []
+
+    def unseal(header: RootHeader) -> bytes:
+        opened_by.append(sealing.unseal(chip, header))
+        return opened_by[0][0]
+
+    vault = Vault.open(disk, unseal, random_bytes=rng.random)
+    vault_key, sealed = opened_by[0]
+    is_ours = sealed.name == sealing.AS_MEASURED
+    if is_ours and sealing.indices_of(sealed) != setup.seal_pcrs:
+        progress("sealing the manager's key to the PCRs of the settings")
+        others = tuple(seal for seal in vault.header.seals if seal != sealed)
+        sealed = _seal(chip, setup, vault.header.vault_id, vault_key)
+        vault.reseal((*others, sealed))
+    return vault, sealed
+
+
+def create_vault(disk: PosixDisk, chip: Chip, setup: Setup, rng: Rng) -> tuple[Vault, SealedKey]:
+    """Make a vault whose key is sealed to the platform as it is measured now."""
+    vault_id, vault_key = rng.random(VAULT_ID_BYTES), rng.random(KEY_BYTES)
+    sealed = _seal(chip, setup, vault_id, vault_key)
+    vault = Vault.create(
+        disk, vault_key, vault_id=vault_id, seals=(sealed,), random_bytes=rng.random
+    )
+    return vault, sealed
+
+
+def _seal(chip: Chip, setup: Setup, vault_id: bytes, vault_key: bytes) -> SealedKey:
+    locality = setup.arguments.tpm_locality
+    return sealing.seal(
+        chip, vault_id=vault_id, vault_key=vault_key, pcrs=setup.seal_pcrs, locality=locality
+    )
+
+
+def reopen_vault(image: Path, failed: Vault) -> Vault:
+    """Open the image again after its disk failed."""
+    failed.close()
+    disk = PosixDisk(image)
+    try:
+        vault = failed.reopened(disk)
+    except BaseException:
+        disk.close()
+        raise
+    structlog.get_logger().info("opened the image again", sequence=vault.sequence)
+    return vault
+
+
+# -- the process -----------------------------------------------------------------------------------
+
+
+async def run(options: Options) -> None:
+    """Run the manager from its start to its stop."""
+    places = Places(options.root)
+    chosen = settings.load(places.settings(PROGRAM), VtpmmgrdSettings)
+    logs.configure(PROGRAM, options.domain, chosen.log_level)
+    setup = read_setup(read_domain(options.config), places, chosen)
+    admission = Admission(
+        options.domain,
+        Registry(places.registry),
+        policy.load(places.policy),
+        label_patterns(chosen.administrators),
+    )
+    notifier = Notifier.from_environment(os.environ)
+    own = places.domain(options.domain)
+    places.make_private(own.directory)
+    secrets = ChipSecrets(owner_auth=setup.arguments.owner_auth, srk_auth=setup.arguments.srk_auth)
+    with (
+        contextlib.closing(PosixDisk(setup.image)) as disk,
+        _link(places, setup.arguments) as link,
+    ):
+        rng = SystemRng()
+        chip = Chip(link, secrets, HandleJournal(own.journal), notifier.status, rng)
+        vault, sealed = await _with_link(
+            link, partial(open_vault, disk, chip, setup, notifier.status, rng)
+        )
+        keeper = VaultKeeper(vault, partial(reopen_vault, setup.image))
+        _tell_ready(notifier, vault, sealed)
+        backend = ManagerBackend(Requests(keeper, chip, partial(_tell, notifier)), admission)
+        try:
+            listener = inherit_or_listen(
+                InheritedSockets.from_environment(os.environ),
+                SOCKET_NAME,
+                own.ring_socket,
+                Kind.SEQPACKET,
+            )
+            await serve_rings(listener, backend, admission.admit, settings=chosen.rings)
+        finally:
+            keeper.close()
+
+
+def read_setup(config: DomainConfig, places: Places, chosen: VtpmmgrdSettings) -> Setup:
+    """Check what the configuration file says.
+
+    Raises:
+        Failure: It is no manager's, has no disk, or asks for what is not there.
+    """
+    arguments = config.arguments
+    if config.role is not Role.MANAGER or not isinstance(arguments, ManagerArguments):
+        raise _misconfigured(
+            config, f"its kernel makes it a {config.role.value}", "Use the manager's file."
+        )
+    disk = config.disk(STATE_DISK)
+    if disk is None or not disk.target or not disk.is_writable:
+        raise _misconfigured(
+            config,
+            f"it has no writable disk {STATE_DISK}",
+            f'Add disk=["file:/images/vtpmmgr-stubdom.img,{STATE_DISK},w"].',
+        )
+    if arguments.tpm_driver is not TpmDriver.TPM_TIS:
+        raise _misconfigured(
+            config,
+            f"this manager has no driver {arguments.tpm_driver.value}",
+            "Leave out tpmdriver=, or write tpmdriver=tpm_tis.",
+        )
+    return Setup(
+        image=places.images(disk.target),
+        arguments=arguments,
+        seal_pcrs=sealing.pcr_indices(chosen.seal_pcrs),
+    )
+
+
+def _link(places: Places, arguments: ManagerArguments) -> TisLink:
+    # tpmirq=0, the default, polls as in Xen; with a number or "probe" the chip's interrupts are
+    # taken as they come.
+    return TisLink(places.tis_socket, arguments.tpm_locality, use_interrupts=arguments.tpm_irq != 0)
+
+
+async def _with_link(link: TisLink, work: Callable[[], T]) -> T:
+    """Run blocking work with the chip in a thread; a cancel cuts the link, which ends the work."""
+    async with trio.open_nursery() as nursery:
+        done = trio.Event()
+        nursery.start_soon(_cut_when_cancelled, link, done)
+        try:
+            return await trio.to_thread.run_sync(work)
+        finally:
+            done.set()
+            nursery.cancel_scope.cancel()
+    raise AssertionError("a nursery does not swallow a return")
+
+
+async def _cut_when_cancelled(link: TisLink, done: trio.Event) -> None:
+    try:
+        await trio.sleep_forever()
+    finally:
+        if not done.is_set():
+            link.close()
+
+
+def _tell_ready(notifier: Notifier, vault: Vault, sealed: SealedKey) -> None:
+    text = f"{len(vault)} vTPMs known; {sealing.describe(sealed)}"
+    notifier.status(text)
+    structlog.get_logger().info(
+        "vault open", sequence=vault.sequence, vtpms=len(vault), seal=sealing.describe(sealed)
+    )
+
+
+def _tell(notifier: Notifier, failure: Failure) -> None:
+    notifier.status(f"{failure.what}: {failure.why}")
+    structlog.get_logger().error(failure.what, why=failure.why, next_step=failure.next_step)
+
+
+def _misconfigured(config: DomainConfig, why: str, next_step: str) -> Failure:
+    return Failure(
+        f"{config.name} cannot be the manager",
+        why=why,
+        next_step=next_step,
+        exit_code=ExitCode.CONFIGURATION,
+    )
+
+
+def parse_options(argv: list[str] | None) -> Options:
+    """Read the arguments, as the launcher and the units give them."""
+    parser = argparse.ArgumentParser(prog=PROGRAM, description="The manager of the vTPM stack.")
+    parser.add_argument("--root", type=Path, required=True, help="directory of the installation")
+    parser.add_argument("--domain", required=True, help="name of the manager's domain")
+    parser.add_argument("--config", type=Path, required=True, help="its xl config file")
+    parsed = parser.parse_args(argv)
+    return Options(root=parsed.root.resolve(), domain=parsed.domain, config=parsed.config)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the daemon and give its exit status."""
+    return run_daemon(PROGRAM, partial(run, parse_options(argv)))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,280 @@
+"""Start-up of the hardware TPM: whatever state it is in, and with nobody else disturbed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from daemons.errors import ExitCode, Failure
+from daemons.manager.chip import ChipRefusal, ChipSecrets
+from protocol.constants import CapabilityArea, EntityType, KeyHandleValue, Ordinal, ResourceType
+from protocol.return_codes import ReturnCode, TpmError
+from tests.daemons.manager.chip_bench import EngineLink, bench_on, boot, owned_link
+from tpm12.client import TpmClient
+
+SRK = int(KeyHandleValue.SRK)
+GEHEIM = ChipSecrets(owner_auth=b"\x01" * 20, srk_auth=b"\x02" * 20)
+
+
+def test_new_chip_gets_endorsement_key_and_owner(tmp_path: Path):
+    link = EngineLink()
+    link.power_on()
+    bench = bench_on(link, tmp_path, GEHEIM)
+    version = bench.chip.start()
+    assert version.version[:2] == b"\x01\x02"
+    link.firmware.seal(b"x", key_auth=GEHEIM.srk_auth)
+    with pytest.raises(TpmError, match="AUTHFAIL"):
+        link.firmware.seal(b"x", key_auth=GEHEIM.owner_auth)
+    assert [text for text in bench.progress if "making" in text] == [
+        "making the hardware TPM's endorsement key",
+        "taking ownership of the hardware TPM: making its storage root key",
+    ]
+    assert link.sessions() == ()
+    assert not bench.journal.exists()
+
+
+def test_chip_with_an_endorsement_key_keeps_it(tmp_path: Path):
+    link = EngineLink()
+    link.power_on()
+    endorsement_key = link.firmware.create_endorsement_key_pair()
+    bench_on(link, tmp_path).chip.start()
+    read = link.firmware.owner_read_internal_pub(int(KeyHandleValue.EK))
+    assert read.pub_key == endorsement_key.pub_key
+
+
+def test_owned_chip_is_left_as_it_is(tmp_path: Path):
+    link = owned_link()
+    before = link.engine.state.permanent
+    bench = bench_on(link, tmp_path)
+    bench.chip.start()
+    assert link.engine.state.permanent.srk == before.srk
+    assert not any("making" in text for text in bench.progress)
+
+
+def test_chip_that_was_not_started_is_told_so(tmp_path: Path):
+    link = EngineLink()
+    link.engine.keep(link.engine.power_on())
+    with pytest.raises(ChipRefusal) as refused:
+        bench_on(link, tmp_path).chip.start()
+    assert refused.value.code == ReturnCode.INVALID_POSTINIT
+    assert refused.value.exit_code == ExitCode.UNAVAILABLE
+    assert "vtpm up" in refused.value.next_step
+
+
+def test_chip_that_is_no_tpm_1_2_is_refused(tmp_path: Path):
+    link = owned_link()
+    genuine = link.execute
+
+    def execute(request: bytes) -> bytes:
+        return genuine(request).replace(b"\x00\x30\x01\x02", b"\x00\x30\x02\x00")
+
+    link.execute = execute
+    with pytest.raises(Failure, match="hardware TPM") as refused:
+        bench_on(link, tmp_path).chip.start()
+    assert "version 2.0" in refused.value.why
+
+
+def test_chip_that_is_gone_is_a_failure_that_says_so(tmp_path: Path):
+    link = owned_link()
+    bench = bench_on(link, tmp_path)
+    bench.chip.start()
+    link.is_gone = True
+    with pytest.raises(Failure, match="x"):
+        bench.chip.exchange(bytes(10))
+
+
+def test_chip_is_free_for_others_after_each_use(tmp_path: Path):
+    link = owned_link()
+    bench = bench_on(link, tmp_path)
+    with bench.chip.operation("x") as tpm:
+        tpm.pcr_read(0)
+    assert link.relinquished == 1
+    bench.chip.exchange(bytes(10))
+    assert link.relinquished == 2
+    with pytest.raises(ChipRefusal), bench.chip.operation("x") as tpm:
+        tpm.pcr_read(24)
+    assert link.relinquished == 3
+
+
+# -- other users' handles --------------------------------------------------------------------------
+
+
+def test_other_users_sessions_survive_the_start(tmp_path: Path):
+    link = owned_link()
+    session = link.firmware.oiap()
+    bench_on(link, tmp_path).chip.start()
+    assert link.sessions() == (session.handle,)
+
+
+def test_sessions_of_a_killed_manager_are_flushed_and_no_others(tmp_path: Path):
+    link = owned_link()
+    theirs = link.firmware.oiap()
+    bench = bench_on(link, tmp_path)
+    bench.chip.start()
+    with pytest.raises(KeyboardInterrupt):  # stands for SIGKILL: nothing cleans up
+        _killed_with_sessions(bench.chip)
+    assert len(link.sessions()) == 3
+    bench.another().chip.start()
+    assert link.sessions() == (theirs.handle,)
+
+
+def _killed_with_sessions(chip) -> None:
+    with chip.operation("x") as tpm:
+        tpm.oiap()
+        tpm.osap(EntityType.KEYHANDLE, SRK, bytes(20))
+        raise KeyboardInterrupt
+
+
+def test_manager_killed_before_it_saw_the_answer_leaves_nothing(tmp_path: Path):
+    link = owned_link()
+    bench = bench_on(link, tmp_path)
+    bench.chip.start()
+    genuine = link.execute
+
+    def execute(request: bytes) -> bytes:
+        genuine(request)
+        raise KeyboardInterrupt
+
+    link.execute = execute
+    with pytest.raises(KeyboardInterrupt):
+        _killed_with_sessions(bench.chip)
+    del link.execute
+    assert len(link.sessions()) == 1
+    bench.another().chip.start()
+    assert link.sessions() == ()
+
+
+def test_handles_of_before_a_power_cycle_are_not_flushed_in_the_next(tmp_path: Path):
+    link = owned_link()
+    bench = bench_on(link, tmp_path)
+    bench.chip.start()
+    with pytest.raises(KeyboardInterrupt):
+        _killed_with_sessions(bench.chip)
+    lost = [handle for _, handle in bench.chip._journal.handles]
+    left = bench.journal.read_text()
+    boot(link)
+    theirs = [link.firmware.oiap().handle for _ in lost]
+    # The chip may give the same numbers again; here it does.
+    for mine, other in zip(lost, theirs, strict=True):
+        left = left.replace(str(mine), str(other))
+    bench.journal.write_text(left)
+    bench.another().chip.start()
+    assert sorted(link.sessions()) == sorted(theirs)
+    assert not bench.journal.exists()
+
+
+@pytest.mark.parametrize("cycle", range(3))
+def test_start_leaves_sessions_and_keys_at_their_baseline(tmp_path: Path, cycle: int):
+    link = owned_link()
+    for _ in range(cycle):
+        bench_on(link, tmp_path).chip.start()
+    for kind in (ResourceType.AUTH, ResourceType.KEY, ResourceType.TRANS):
+        assert link.firmware.handles(kind) == ()
+
+
+# -- refusals --------------------------------------------------------------------------------------
+
+
+def test_wrong_secret_is_a_matter_of_configuration_and_leaves_no_session(tmp_path: Path):
+    link = owned_link()
+    bench = bench_on(link, tmp_path, GEHEIM)
+    bench.chip.start()
+    with pytest.raises(ChipRefusal) as refused, bench.chip.operation("seal") as tpm:
+        tpm.seal(b"x", key_auth=GEHEIM.srk_auth)
+    assert refused.value.code == ReturnCode.AUTHFAIL
+    assert refused.value.exit_code == ExitCode.CONFIGURATION
+    assert "srk_auth=" in refused.value.next_step
+    assert GEHEIM.srk_auth.hex() not in str(refused.value)
+    assert link.sessions() == ()
+
+
+def test_session_opened_before_a_refusal_is_flushed(tmp_path: Path):
+    link = owned_link()
+    bench = bench_on(link, tmp_path)
+    bench.chip.start()
+    with pytest.raises(ChipRefusal):
+        _refused_with_sessions(bench.chip)
+    assert link.sessions() == ()
+
+
+def _refused_with_sessions(chip) -> None:
+    with chip.operation("seal") as tpm:
+        tpm.oiap()
+        raise TpmError(ReturnCode.RESOURCES)
+
+
+@pytest.mark.parametrize("garbage", [b"", bytes(9), bytes(10), b"\xff" * 60])
+def test_garbage_from_the_chip_is_one_failure(tmp_path: Path, garbage: bytes):
+    link = owned_link()
+    link.execute = lambda _request: garbage
+    with pytest.raises(Failure):
+        bench_on(link, tmp_path).chip.start()
+
+
+def test_all_session_slots_taken_by_others_is_told(tmp_path: Path):
+    link = owned_link()
+    while True:
+        try:
+            link.firmware.oiap()
+        except TpmError:
+            break
+    bench = bench_on(link, tmp_path)
+    bench.chip.start()
+    with pytest.raises(ChipRefusal) as refused, bench.chip.operation("seal") as tpm:
+        tpm.seal(b"x")
+    assert refused.value.exit_code == ExitCode.UNAVAILABLE
+    assert isinstance(link.firmware, TpmClient)
+
+
+def test_owner_who_was_quicker_is_accepted(tmp_path: Path):
+    """What counts is whether our storage secret opens the chip; sealing will show."""
+    link = EngineLink()
+    link.power_on()
+    link.firmware.create_endorsement_key_pair()
+    genuine = link.execute
+
+    def execute(request: bytes) -> bytes:
+        if request[6:10] == int(Ordinal.TAKE_OWNERSHIP).to_bytes(4, "big"):
+            link.firmware.take_ownership()
+        return genuine(request)
+
+    link.execute = execute
+    bench_on(link, tmp_path).chip.start()
+    assert link.sessions() == ()
+
+
+def test_chip_that_takes_no_owner_is_a_failure_that_says_so(tmp_path: Path):
+    link = EngineLink()
+    link.power_on()
+    genuine = link.execute
+
+    def execute(request: bytes) -> bytes:
+        if request[6:10] == int(Ordinal.READ_PUBEK).to_bytes(4, "big"):
+            return bytes.fromhex("00c40000000a00000007")
+        return genuine(request)
+
+    link.execute = execute
+    with pytest.raises(ChipRefusal) as refused:
+        bench_on(link, tmp_path).chip.start()
+    assert refused.value.code == ReturnCode.DISABLED
+    assert "Enable" in refused.value.next_step
+
+
+def test_version_that_is_none_is_refused(tmp_path: Path):
+    link = owned_link()
+    genuine = link.execute
+
+    def execute(request: bytes) -> bytes:
+        if request[10:14] == int(CapabilityArea.VERSION_VAL).to_bytes(4, "big"):
+            return bytes.fromhex("00c40000001000000000") + bytes.fromhex("00000002ffff")
+        return genuine(request)
+
+    link.execute = execute
+    with pytest.raises(Failure, match="cannot use the hardware TPM"):
+        bench_on(link, tmp_path).chip.start()
+
+
+def test_secrets_are_not_shown():
+    assert GEHEIM.srk_auth.hex() not in repr(GEHEIM)
+    assert "01" not in repr(GEHEIM)
