@@ -218,6 +218,25 @@ def test_a_huge_length_allocates_nothing():
         decode(structures.KeyHandleList, b"\xff\xff\0\0")
 
 
+def test_fields_may_be_called_like_the_compilers_own_variables():
+    @wire.wire
+    class Names:
+        data: Sized
+        size: U8
+        end: Sized16
+        at: U16
+        count: U8
+        value: U8
+        out: Sized
+        self_: U8
+
+    example = Names(data=b"d", size=2, end=b"e", at=4, count=5, value=6, out=b"o", self_=8)
+    assert decode(Names, encode(example)) == example
+    for cut in range(len(encode(example))):
+        with pytest.raises(DecodeError):
+            decode(Names, encode(example)[:cut])
+
+
 def test_sized_is_bytes():
     @wire.wire
     class One:
