@@ -21,8 +21,8 @@ from typing import Annotated, Final
 
 import construct as cs
 
+from daemons.disk import Disk, PosixDisk
 from daemons.errors import ExitCode, Failure
-from daemons.manager.disk import Disk, PosixDisk
 from protocol.wire import B32, U16, U32, U64, decode, encode, wire
 from tpm12.state import Permanent
 from tpm12.state_codec import StateError, decode_section, encode_section

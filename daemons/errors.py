@@ -1,6 +1,7 @@
 """What a person is told when something fails: what, why and what to do next.
 
-Every daemon and every subcommand ends through `Failure`; anything else that reaches `main` is a bug of ours.
+Every daemon and every subcommand ends through `Failure`; anything else that reaches `main` is a bug
+of ours.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ class ExitCode(IntEnum):
     CONFIGURATION = 78
 
 
-class Failure(Exception):
+class Failure(Exception):  # noqa: N818 - it is no error of the program
     """An expected failure, told to the person who can do something about it.
 
     Args:
-        what: What could not be done, with the name of the thing ("cannot open image /images/x.img").
+        what: What could not be done, with the name of the thing ("cannot open image /x.img").
         why: The cause, as far as it is known.
         next_step: What the reader can do now; a command line where there is one.
         exit_code: The status with which a program that ends on this failure exits.

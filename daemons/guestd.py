@@ -21,13 +21,12 @@ from typing import Final, TypeVar
 import structlog
 import trio
 
-from daemons import logs
+from daemons import logs, settings
 from daemons.errors import ExitCode, Failure
 from daemons.guest import loader
 from daemons.guest.boot_image import BootImage
 from daemons.guest.measurements import Measurement, forget_measurements, write_measurements
 from daemons.guest.tpm0 import CLIENTS_MAX, Tpm0Device
-from daemons.launcher.domain_config import DomainConfig, read_domain
 from daemons.listeners import Kind, listen
 from daemons.places import DomainPlaces, Places
 from daemons.registry import DomainRecord, Registry
@@ -35,6 +34,7 @@ from daemons.ring_client import RingClient
 from daemons.sd_notify import Notifier
 from daemons.service import run_daemon, serve
 from daemons.world import SystemRng
+from daemons.xl.domain_config import DomainConfig, read_domain
 from protocol.return_codes import TpmError
 from tpm12.client import TpmClient
 from tpm12.client_core import BadResponseError
@@ -57,6 +57,17 @@ class Options:
     root: Path
     domain: str
     config: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuestdSettings:
+    """What may be set, in etc/vtpm/guestd.toml."""
+
+    log_level: str = "info"
+    clients_max: int = CLIENTS_MAX
+    """Programs that have tpm0 open at the same time."""
+    reconnect_s: float = 60.0
+    """How long a command waits for a vTPM that went away."""
 
 
 class StatusLine:
@@ -97,11 +108,18 @@ class Guest:
         config: The guest's config file.
         record: The guest in the registry.
         status: Where to say how it goes.
+        chosen: What was set.
     """
 
     def __init__(
-        self, places: Places, config: DomainConfig, record: DomainRecord, status: StatusLine
+        self,
+        places: Places,
+        config: DomainConfig,
+        record: DomainRecord,
+        status: StatusLine,
+        chosen: GuestdSettings,
     ) -> None:
+        self._chosen = chosen
         self._places = places
         self._own: DomainPlaces = places.domain(record.name)
         self._config = config
@@ -161,6 +179,7 @@ class Guest:
         return RingClient(
             self._places.domain(device.backend).ring_socket,
             handle=device.handle,
+            reconnect_s=self._chosen.reconnect_s,
             on_status=self._status.ring,
         )
 
@@ -196,10 +215,13 @@ class Guest:
         """Be the kernel's driver: open the ring again and serve tpm0."""
         with self._ring() as ring:
             await _with_ring(ring, partial(ring.connect, VTPM_WAIT_S))
-            device = Tpm0Device(ring.exchange, self._status.note, ring.close)
+            clients_max = self._chosen.clients_max
+            device = Tpm0Device(
+                ring.exchange, self._status.note, ring.close, clients_max=clients_max
+            )
             self._status.runs(f"running {title}")
             listener = listen(self._own.tpm0, Kind.STREAM)
-            await serve(device.handle, [listener], connections_max=CLIENTS_MAX)
+            await serve(device.handle, [listener], connections_max=clients_max)
 
 
 async def _with_ring(ring: RingClient, work: Callable[[], T]) -> T:
@@ -248,8 +270,9 @@ def parse_options(argv: list[str] | None) -> Options:
 
 async def run(options: Options) -> None:
     """Run one guest from its start to its stop."""
-    logs.configure(PROGRAM, options.domain)
     places = Places(options.root)
+    chosen = settings.load(places.settings(PROGRAM), GuestdSettings)
+    logs.configure(PROGRAM, options.domain, chosen.log_level)
     record = Registry(places.registry).get(options.domain)
     if record is None:
         raise NotBooted(
@@ -259,7 +282,8 @@ async def run(options: Options) -> None:
             exit_code=ExitCode.UNAVAILABLE,
         )
     status = StatusLine(Notifier.from_environment(os.environ))
-    await Guest(places, read_domain(options.config), record, status).run()
+    config = read_domain(options.config)
+    await Guest(places, config, record, status, chosen).run()
 
 
 def main(argv: list[str] | None = None) -> int:

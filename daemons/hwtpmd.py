@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -17,7 +17,7 @@ from typing import Final
 import structlog
 import trio
 
-from daemons import logs
+from daemons import logs, settings
 from daemons.chip_memory import ChipMemory
 from daemons.durable_tpm import DurableTpm
 from daemons.listeners import Kind, PeerCredentials, listen
@@ -25,7 +25,7 @@ from daemons.places import Places
 from daemons.registry import Registry, Role
 from daemons.sd_notify import Notifier
 from daemons.service import run_daemon
-from daemons.tis_server import TisPeer, TisServer, serve_tis
+from daemons.tis_server import TisPeer, TisServer, TisSettings, serve_tis
 from protocol.constants import LOCALITY_MAX
 from tpm12.commands import ALL
 from tpm12.profile import CHIP
@@ -34,18 +34,26 @@ PROGRAM: Final = "hwtpmd"
 DOMAIN: Final = "hwtpm"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HwtpmdSettings:
+    """What may be set, in etc/vtpm/hwtpmd.toml."""
+
+    log_level: str = "info"
+    tis: TisSettings = field(default_factory=TisSettings)
+
+
 class Chip:
     """The engine as the TIS server wants it (`ChipPort`).
 
     Args:
         tpm: The engine on its memory.
-        notifier: Where to say whether the power is on.
+        tell: Called with a line for `vtpm status`: whether the power is on.
     """
 
-    def __init__(self, tpm: DurableTpm, notifier: Notifier) -> None:
+    def __init__(self, tpm: DurableTpm, tell: Callable[[str], None] = lambda _: None) -> None:
         self._tpm = tpm
-        self._notifier = notifier
-        notifier.status("without power")
+        self._tell = tell
+        tell("without power")
 
     @property
     def established(self) -> bool:
@@ -71,12 +79,12 @@ class Chip:
     def power_on(self) -> None:
         """TPM_Init."""
         self._tpm.power_on()
-        self._notifier.status("powered on")
+        self._tell("powered on")
         structlog.get_logger().info("power is on")
 
     def power_off(self) -> None:
         """Nothing to store: permanent state is stored with every change."""
-        self._notifier.status("without power")
+        self._tell("without power")
         structlog.get_logger().info("power is off")
 
     def set_physical_presence(self, *, is_asserted: bool) -> None:
@@ -101,15 +109,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 async def _run(options: Options) -> None:
-    logs.configure(PROGRAM, DOMAIN)
     places = Places(options.root)
+    chosen = settings.load(places.settings(PROGRAM), HwtpmdSettings)
+    logs.configure(PROGRAM, DOMAIN, chosen.log_level)
     notifier = Notifier.from_environment(os.environ)
     places.make_private(places.chip_memory.parent)
     memory = await trio.to_thread.run_sync(ChipMemory.open, places.chip_memory)
     tpm = DurableTpm(memory, profile=CHIP, commands=ALL)
     if tpm.is_new:
         tpm.save_as_new()
-    server = TisServer(Chip(tpm, notifier), _admission(Registry(places.registry)))
+    chip = Chip(tpm, notifier.status)
+    server = TisServer(chip, _admission(Registry(places.registry)), settings=chosen.tis)
     listener = listen(places.tis_socket, Kind.SEQPACKET)
     await serve_tis(listener, server)
 

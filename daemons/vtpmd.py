@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
@@ -18,22 +18,22 @@ from typing import Final, TypeVar
 import structlog
 import trio
 
-from daemons import logs, policy
+from daemons import logs, policy, settings
+from daemons.disk import PosixDisk
 from daemons.durable_tpm import DurableTpm
 from daemons.errors import ExitCode, Failure
-from daemons.launcher.domain_arguments import VtpmArguments
-from daemons.launcher.domain_config import DomainConfig, read_domain
 from daemons.listeners import Kind, PeerCredentials, listen
-from daemons.manager.disk import PosixDisk
 from daemons.places import Places
 from daemons.registry import DomainRecord, Registry
 from daemons.ring_client import RingClient
-from daemons.ring_server import RingPeer, serve_rings
+from daemons.ring_server import RingPeer, RingSettings, serve_rings
 from daemons.sd_notify import Notifier
 from daemons.service import run_daemon
 from daemons.vtpm.backend import VtpmBackend
 from daemons.vtpm.image import VtpmImage
 from daemons.vtpm.manager_link import ManagerLink
+from daemons.xl.domain_arguments import VtpmArguments
+from daemons.xl.domain_config import DomainConfig, read_domain
 from tpm12.commands import ALL
 from tpm12.profile import VTPM
 
@@ -51,6 +51,15 @@ class Options:
     root: Path
     domain: str
     config: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VtpmdSettings:
+    """What may be set, in etc/vtpm/vtpmd.toml."""
+
+    rings: RingSettings = field(default_factory=RingSettings)
+    reconnect_s: float = 60.0
+    """How long a request waits for a manager that went away."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -81,10 +90,12 @@ async def _run(options: Options) -> None:
     own = registry.get(options.domain)
     if own is None or not own.vtpms:
         raise _misconfigured(options, "the registry has no such domain with a manager in vtpm=")
+    chosen = settings.load(places.settings(PROGRAM), VtpmdSettings)
     notifier = Notifier.from_environment(os.environ)
     ring = RingClient(
         places.domain(own.vtpms[0].backend).ring_socket,
         handle=own.vtpms[0].devid,
+        reconnect_s=chosen.reconnect_s,
         may_run_twice=True,  # keys saved twice are saved once; random bytes and PCRs likewise
         on_status=notifier.status,
     )
@@ -101,7 +112,8 @@ async def _run(options: Options) -> None:
         listener = listen(places.domain(own.name).ring_socket, Kind.SEQPACKET)
         notifier.status("serving")
         rules = policy.load(places.policy)
-        await serve_rings(listener, backend, partial(_admit, registry, rules, own.name))
+        admit = partial(_admit, registry, rules, own.name)
+        await serve_rings(listener, backend, admit, settings=chosen.rings)
 
 
 async def _in_thread(call: Callable[[], T]) -> T:

@@ -23,15 +23,14 @@ import structlog
 import trio
 
 from daemons import logs, policy, settings
+from daemons.disk import PosixDisk
 from daemons.errors import ExitCode, Failure
-from daemons.launcher.domain_arguments import ManagerArguments, TpmDriver
-from daemons.launcher.domain_config import STATE_DISK, DomainConfig, read_domain
 from daemons.listeners import InheritedSockets, Kind, inherit_or_listen
 from daemons.manager import sealing
 from daemons.manager.admission import Admission, Client, label_patterns
 from daemons.manager.chip import Chip, ChipSecrets, Progress
-from daemons.manager.disk import PosixDisk
 from daemons.manager.handle_journal import HandleJournal
+from daemons.manager.manager_settings import VtpmmgrdSettings
 from daemons.manager.requests import Requests
 from daemons.manager.vault import Vault, inspect
 from daemons.manager.vault_format import KEY_BYTES, RootHeader, SealedKey
@@ -41,9 +40,10 @@ from daemons.registry import Registry, Role
 from daemons.ring_server import Refused, RingPeer, serve_rings
 from daemons.sd_notify import Notifier
 from daemons.service import run_daemon
-from daemons.settings import VtpmmgrdSettings
 from daemons.tis_link import TisLink
 from daemons.world import SystemRng
+from daemons.xl.domain_arguments import ManagerArguments, TpmDriver
+from daemons.xl.domain_config import STATE_DISK, DomainConfig, read_domain
 from tpm12.ports import Rng
 
 PROGRAM: Final = "vtpmmgrd"

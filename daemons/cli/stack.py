@@ -80,7 +80,7 @@ def read_domain_file(path: Path) -> DomainFile:
     Raises:
         Failure: It cannot be read, or is malformed; line and column are named.
     """
-    from daemons.launcher.domain_config import parse_domain  # noqa: PLC0415
+    from daemons.xl.domain_config import parse_domain  # noqa: PLC0415
 
     text = read_config(path)
     domain = parse_domain(text, str(path))

@@ -56,6 +56,7 @@ class Tpm0Device:
         tell: Called with a line for `vtpm status` when there is something that people should know.
         give_up: Called when the daemon's drain time has passed and a command still runs; `exchange`
             must then raise `Failure` soon.
+        clients_max: See `CLIENTS_MAX`.
         stall_s: See `STALL_S`.
     """
 
@@ -65,13 +66,14 @@ class Tpm0Device:
         tell: Callable[[str], None],
         give_up: Callable[[], None],
         *,
+        clients_max: int = CLIENTS_MAX,
         stall_s: float = STALL_S,
     ) -> None:
         self._exchange = exchange
         self._tell = tell
         self._give_up = give_up
         self._stall_s = stall_s
-        self._threads = trio.CapacityLimiter(CLIENTS_MAX)
+        self._threads = trio.CapacityLimiter(clients_max)
         self._notice = threading.Lock()
         self._has_seen_tpm2 = False
 

@@ -27,8 +27,8 @@ from dataclasses import dataclass, field
 from typing import Final
 from uuid import UUID
 
+from daemons.disk import Disk
 from daemons.errors import ExitCode
-from daemons.manager.disk import Disk
 from daemons.manager.vault_format import (
     BODY_BYTES,
     FANOUT,

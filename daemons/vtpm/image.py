@@ -32,8 +32,8 @@ import construct as cs
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from daemons.disk import Disk
 from daemons.errors import ExitCode, Failure
-from daemons.manager.disk import Disk
 from protocol.wire import U16, U32, decode, encode, wire
 from tpm12.state import Permanent
 from tpm12.state_codec import StateError, decode_section, encode_section

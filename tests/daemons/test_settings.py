@@ -5,16 +5,16 @@ import dataclasses
 import pytest
 
 from daemons.errors import ExitCode
+from daemons.guestd import GuestdSettings
+from daemons.hwtpmd import HwtpmdSettings
+from daemons.launcher.launcher_settings import LauncherSettings
+from daemons.manager.manager_settings import VtpmmgrdSettings
 from daemons.settings import (
-    GuestdSettings,
-    HwtpmdSettings,
-    LauncherSettings,
     SettingsError,
-    VtpmdSettings,
-    VtpmmgrdSettings,
     load,
     parse,
 )
+from daemons.vtpmd import VtpmdSettings
 
 ALL = [LauncherSettings, HwtpmdSettings, VtpmmgrdSettings, VtpmdSettings, GuestdSettings]
 
@@ -45,11 +45,11 @@ def test_load_file_says_only_what_differs(tmp_path):
     path = tmp_path / "vtpmd.toml"
     path.write_text('log_level = "debug"\nreconnect_s = 5\n[rings]\nrings_max = 7\n')
     path.chmod(0o600)
-    settings = load(path, VtpmdSettings)
+    settings = load(path, VtpmmgrdSettings)
     assert settings.log_level == "debug"
     assert settings.reconnect_s == 5.0
     assert settings.rings.rings_max == 7
-    assert settings.rings.send_s == VtpmdSettings().rings.send_s
+    assert settings.rings.send_s == VtpmmgrdSettings().rings.send_s
 
 
 @pytest.mark.parametrize(
@@ -75,6 +75,6 @@ def test_load_file_says_only_what_differs(tmp_path):
 )
 def test_parse_file_that_is_not_understood_is_refused_with_its_place(content, why):
     with pytest.raises(SettingsError) as caught:
-        parse(content, VtpmdSettings, "vtpmd.toml")
+        parse(content, VtpmmgrdSettings, "vtpmd.toml")
     assert why in caught.value.why
     assert caught.value.exit_code is ExitCode.CONFIGURATION

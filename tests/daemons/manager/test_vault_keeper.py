@@ -8,8 +8,8 @@ from uuid import UUID
 
 import pytest
 
+from daemons.disk import PosixDisk
 from daemons.errors import ExitCode, Failure
-from daemons.manager.disk import PosixDisk
 from daemons.manager.vault import Vault
 from daemons.manager.vault_format import Damaged, NotStored, Record
 from daemons.manager.vault_keeper import VaultKeeper

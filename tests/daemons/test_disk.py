@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from daemons.disk import PosixDisk
 from daemons.errors import ExitCode, Failure
-from daemons.manager.disk import PosixDisk
 
 SIZE = 64 * 1024
 
@@ -136,7 +136,7 @@ def test_refused_image_is_let_go(image: Path):
 
 def test_killed_holder_leaves_no_lock(image: Path):
     program = (
-        "import pathlib, sys; from daemons.manager.disk import PosixDisk;"
+        "import pathlib, sys; from daemons.disk import PosixDisk;"
         f"disk = PosixDisk(pathlib.Path({str(image)!r})); print('held', flush=True);"
         "sys.stdin.read()"
     )

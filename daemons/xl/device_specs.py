@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Final
 from uuid import UUID
 
-from daemons.launcher.xl_config import WrongTextError
 from daemons.places import BadPlace, check_domain_name
+from daemons.xl.xl_config import WrongTextError
 
 TIS_FRAME: Final = 0xFED40
 """Page frame of locality 0; the page of locality n is n frames further on."""

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
-from daemons.launcher.device_specs import LOCALITIES
-from daemons.launcher.xl_config import WrongTextError
 from daemons.policy import LocalityRule
+from daemons.xl.device_specs import LOCALITIES
+from daemons.xl.xl_config import WrongTextError
 
 TIS_BASE: Final = 0xFED40000
 PCR_COUNT: Final = 24

@@ -28,7 +28,9 @@ from uuid import UUID
 from daemons.errors import ExitCode, Failure
 from daemons.guest.loader import BadLoaderArgument, LoaderOptions
 from daemons.labels import Label, LabelError
-from daemons.launcher.device_specs import (
+from daemons.places import RESERVED_NAMES, BadPlace, check_domain_name
+from daemons.registry import VTPMS_MAX, Role
+from daemons.xl.device_specs import (
     Disk,
     Vif,
     VtpmSpec,
@@ -38,13 +40,13 @@ from daemons.launcher.device_specs import (
     parse_vif,
     parse_vtpm,
 )
-from daemons.launcher.domain_arguments import (
+from daemons.xl.domain_arguments import (
     ManagerArguments,
     VtpmArguments,
     parse_manager_arguments,
     parse_vtpm_arguments,
 )
-from daemons.launcher.xl_config import (
+from daemons.xl.xl_config import (
     Position,
     Text,
     ValueList,
@@ -54,9 +56,7 @@ from daemons.launcher.xl_config import (
     parse,
     read,
 )
-from daemons.launcher.xl_keys import UNUSED_KEYS, USED_KEYS
-from daemons.places import RESERVED_NAMES, BadPlace, check_domain_name
-from daemons.registry import VTPMS_MAX, Role
+from daemons.xl.xl_keys import UNUSED_KEYS, USED_KEYS
 
 MEMORY_MIB_MAX: Final = 1 << 24
 MEMORY_MIB_DEFAULT: Final = 32

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from daemons.errors import Failure
 from daemons.guest.loader import LoaderOptions
-from daemons.launcher.device_specs import Disk, VtpmSpec
-from daemons.launcher.domain_arguments import LogLevel, ManagerArguments, VtpmArguments
-from daemons.launcher.domain_config import Action, disk_from_argument, parse_domain, read_domain
-from daemons.launcher.xl_config import ConfigError
 from daemons.registry import Role
+from daemons.xl.device_specs import Disk, VtpmSpec
+from daemons.xl.domain_arguments import LogLevel, ManagerArguments, VtpmArguments
+from daemons.xl.domain_config import Action, disk_from_argument, parse_domain, read_domain
+from daemons.xl.xl_config import ConfigError
 
 EXAMPLES = Path(__file__).parents[3] / "examples" / "trusted-dom0"
 

@@ -5,7 +5,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from daemons.errors import ExitCode, Failure
-from daemons.launcher.xl_config import (
+from daemons.xl.xl_config import (
     CONFIG_CHARACTERS_MAX,
     LIST_DEPTH_MAX,
     ConfigError,

@@ -1,0 +1,213 @@
+"""vtpm-attach, vtpm-list, vtpm-detach, block-attach, block-list: arguments and columns of xl.
+
+Devices may change while a domain is not running: created paused, waiting for the very device,
+failed. Our guests, vTPMs and managers look for their devices when they start, not later, so a
+change to a running domain is refused and says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from uuid import UUID
+
+from daemons.errors import ExitCode, Failure
+from daemons.launcher.domain import Domain
+from daemons.launcher.domains import Domains, Progress
+from daemons.launcher.launching import check_disks
+from daemons.launcher.stack import Stack
+from daemons.launcher.supervisor import State
+from daemons.registry import VTPMS_MAX, VtpmDevice
+from daemons.xl.domain_config import disk_from_argument
+
+UNKNOWN = -1
+"""What xl prints for what nobody has published."""
+_CHANGEABLE = {State.CREATED, State.WAITING, State.FAILED, State.BACKOFF}
+
+
+@dataclass(frozen=True, slots=True)
+class XenbusState:
+    """The numbers of xenbus for what the launcher can see of a connection."""
+
+    INITIALISING = 1
+    CONNECTED = 4
+    CLOSED = 6
+
+
+class Devices:
+    """Devices of domains.
+
+    Args:
+        stack: Of the launcher.
+        domains: Who checks backends.
+    """
+
+    def __init__(self, stack: Stack, domains: Domains) -> None:
+        self._stack = stack
+        self._domains = domains
+
+    async def vtpm_attach(
+        self, _progress: Progress, domain: str, backend: str, uuid: str | None = None
+    ) -> dict[str, object]:
+        """Give a domain a TPM frontend.
+
+        Raises:
+            Failure: It runs, has the device already, or the backend cannot serve it; or the uuid is
+                none.
+        """
+        found = self._changeable(domain, "attach a vTPM to")
+        if len(found.devices) >= VTPMS_MAX:
+            raise _refused(f"attach a vTPM to {found.name}", f"it has {VTPMS_MAX} already")
+        name = self._domains.backend_for(found, backend)
+        device = found.attach(name, _uuid(uuid) if uuid is not None else None)
+        self._changed(found)
+        return self._vtpm_row(found, device)
+
+    async def vtpm_detach(
+        self, _progress: Progress, domain: str, devid_or_uuid: str
+    ) -> dict[str, object]:
+        """Take a TPM frontend away, named by its uuid, or else by its number."""
+        found = self._changeable(domain, "detach a vTPM from")
+        for device in found.devices:
+            if devid_or_uuid.lower() == str(device.uuid) or devid_or_uuid == str(device.devid):
+                row = self._vtpm_row(found, device)
+                found.detach(device)
+                self._changed(found)
+                return row
+        there = ", ".join(f"{device.devid} ({device.uuid})" for device in found.devices) or "none"
+        raise _refused(
+            f"detach {devid_or_uuid[:40]!a} from {found.name}",
+            f"it has no such device; there is: {there}",
+            f"vtpm vtpm-list {found.name} shows them",
+        )
+
+    async def vtpm_list(self, _progress: Progress, domains: list[str]) -> list[dict[str, object]]:
+        """List the TPM frontends of domains."""
+        found = [self._stack.find(name) for name in domains]
+        return [self._vtpm_row(domain, device) for domain in found for device in domain.devices]
+
+    async def block_attach(self, _progress: Progress, domain: str, spec: str) -> dict[str, object]:
+        """Give a domain a disk.
+
+        Raises:
+            Failure: It runs, has a disk of this name, the spec is none, or the image cannot be
+                used.
+        """
+        disk = disk_from_argument(spec)
+        found = self._changeable(domain, "attach a disk to")
+        if any(other.vdev == disk.vdev for other in found.disks):
+            raise _refused(
+                f"attach a disk to {found.name}",
+                f"it has a disk {disk.vdev} already",
+                f"vtpm block-list {found.name} shows it",
+            )
+        before = found.disks
+        found.disks = (*before, disk)
+        try:
+            check_disks(self._stack, found)
+        except Failure:
+            found.disks = before
+            raise
+        found.disk_specs_attached = (*found.disk_specs_attached, spec)
+        self._changed(found)
+        return self._disk_row(found, len(before))
+
+    async def block_list(self, _progress: Progress, domain: str) -> list[dict[str, object]]:
+        """List the disks of a domain."""
+        found = self._stack.find(domain)
+        return [self._disk_row(found, number) for number in range(len(found.disks))]
+
+    def _changeable(self, name: str, what: str) -> Domain:
+        domain = self._stack.find(name)
+        if domain.external is not None or domain.supervisor.state not in _CHANGEABLE:
+            raise _refused(
+                f"{what} {domain.name}",
+                f"it is {domain.shown_state}, and domains look for their devices when they start",
+                f"Change its config file, then: vtpm destroy {domain.name}, and create it again",
+            )
+        return domain
+
+    def _changed(self, domain: Domain) -> None:
+        self._stack.registry.put(domain.record(None, None))
+        self._stack.changes.announce()
+
+    def _vtpm_row(self, domain: Domain, device: VtpmDevice) -> dict[str, object]:
+        backend = self._stack.domains.get(device.backend)
+        backend_domid = backend.domid if backend is not None else UNKNOWN
+        return {
+            "domain": domain.name,
+            "idx": device.devid,
+            "be": backend_domid,
+            "backend": device.backend,
+            "uuid": str(device.uuid),
+            "handle": device.handle,
+            "state": _xenbus_state(domain, backend),
+            # A ring here is a socket: it has neither event channel nor grant reference.
+            "evt_ch": UNKNOWN,
+            "ring_ref": UNKNOWN,
+            "be_path": f"/local/domain/{backend_domid}/backend/vtpm/{domain.domid}/{device.devid}",
+        }
+
+    def _disk_row(self, domain: Domain, number: int) -> dict[str, object]:
+        disk = domain.disks[number]
+        handle = _virtual_device_number(disk.vdev)
+        return {
+            "domain": domain.name,
+            "vdev": handle,
+            "name": disk.vdev,
+            "be": 0,
+            "handle": domain.domid,
+            "state": XenbusState.CONNECTED if domain.is_running else XenbusState.INITIALISING,
+            "evt_ch": UNKNOWN,
+            "ring_ref": UNKNOWN,
+            "be_path": f"/local/domain/0/backend/vbd/{domain.domid}/{handle}",
+            "target": disk.target,
+            "access": "w" if disk.is_writable else "r",
+        }
+
+
+def _xenbus_state(frontend: Domain, backend: Domain | None) -> int:
+    """Tell how far a connection is, as far as it shows outside: both ends ready, or not."""
+    if backend is None:
+        return XenbusState.CLOSED
+    is_up = frontend.is_running and backend.is_running
+    return XenbusState.CONNECTED if is_up else XenbusState.INITIALISING
+
+
+def _virtual_device_number(vdev: str) -> int:
+    """Give the number that xl shows for a disk name.
+
+    Spec: xen-vbd-interface(7): hda is 768, hdc 5632, sda 2048; xvda is 51712; 256 numbers a disk
+        from xvdq on are left out,
+    nobody has them here.
+    """
+    if vdev.isdecimal():
+        return int(vdev)
+    letters = vdev.rstrip("0123456789")
+    partition = int(vdev[len(letters) :] or 0)
+    disk = ord(letters[-1]) - ord("a")
+    if letters.startswith("xvd"):
+        return (202 << 8) + (disk << 4) + partition
+    if letters.startswith("hd") and disk < 4:
+        return ((3 if disk < 2 else 22) << 8) + ((disk & 1) << 6) + partition
+    if letters.startswith("sd"):
+        return (8 << 8) + (disk << 4) + partition
+    return UNKNOWN
+
+
+def _uuid(text: str) -> UUID | None:
+    try:
+        uuid = UUID(text)
+    except ValueError as error:
+        raise Failure(
+            "cannot attach a vTPM",
+            why=f"{text[:60]!a} is not a uuid",
+            next_step="Give it in the form uuid=ac0a5b9e-cbe2-4c07-b43b-1d69e46fb839",
+            exit_code=ExitCode.USAGE,
+        ) from error
+    return uuid if uuid.int else None  # the nil uuid is a random one, as in libxl
+
+
+def _refused(
+    what: str, why: str, next_step: str = "`vtpm list` shows the domains and their states"
+) -> Failure:
+    return Failure(f"cannot {what}", why=why, next_step=next_step)

@@ -1,0 +1,140 @@
+"""What a killed launcher has left: daemons that go on serving, and files of ended ones. No trio.
+
+The registry names every process by pid and start time, so that nothing else can be hit. A launcher
+does not adopt them in this version; it says that they are there, and `end_leftovers` ends them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import shutil
+import signal
+from collections.abc import Sequence
+from typing import Final
+
+from daemons.errors import ExitCode, Failure
+from daemons.instance_lock import InstanceLock
+from daemons.launcher.domain import STOP_ORDER
+from daemons.launcher.processes import is_alive, send_signal
+from daemons.places import CHIP_NAME, Places
+from daemons.registry import DomainRecord, Registry, RegistryWriter, Role
+
+ORDER: Final = (*STOP_ORDER, Role.HWTPM)
+"""Who uses others ends before them."""
+DRAIN_S: Final = 10.0
+LOCK_NAME: Final = "launcher.lock"
+
+
+class OldStackRuns(Failure):
+    """Processes of an earlier launcher are alive under this root."""
+
+
+def find_leftovers(places: Places) -> list[DomainRecord]:
+    """Give the domains whose processes are alive, in the order in which they have to end.
+
+    Raises:
+        DamagedRegistry: A record cannot be believed.
+    """
+    alive = [
+        record
+        for record in Registry(places.registry).all()
+        if record.role is not Role.DOMAIN0
+        and record.pid is not None
+        and record.start_time is not None
+        and is_alive(record.pid, record.start_time)
+    ]
+    return sorted(alive, key=lambda record: ORDER.index(record.role))
+
+
+def refuse_leftovers(places: Places) -> None:
+    """Refuse to start beside an old stack.
+
+    Raises:
+        OldStackRuns: One is alive; its pids are named.
+    """
+    alive = find_leftovers(places)
+    if alive:
+        named = ", ".join(f"{record.name} (pid {record.pid})" for record in alive)
+        raise OldStackRuns(
+            "cannot start the launcher",
+            why=f"an old stack whose launcher is gone still runs under {places.root}: {named}",
+            next_step="End it with: vtpm down",
+            exit_code=ExitCode.UNAVAILABLE,
+        )
+
+
+def end_leftovers(places: Places, *, drain_s: float = DRAIN_S) -> list[DomainRecord]:
+    """End every process that the registry knows, in order, and remove what they leave.
+
+    Args:
+        places: Of the installation.
+        drain_s: Seconds from SIGTERM to SIGKILL, for each kind of domain.
+
+    Returns:
+        Those that were alive.
+
+    Raises:
+        AlreadyRunning: A launcher lives, and would start them again.
+        DamagedRegistry: A record cannot be believed; nothing was ended.
+        PermissionError: A process belongs to somebody else.
+    """
+    if not places.registry.is_dir():
+        return []
+    with launcher_lock(places):
+        alive = find_leftovers(places)
+        for role in ORDER:
+            _end_together([record for record in alive if record.role is role], drain_s)
+        remove_remains(places)
+    return alive
+
+
+def launcher_lock(places: Places) -> InstanceLock:
+    """Take the place of the root's one launcher; whoever has it may write the registry.
+
+    Raises:
+        AlreadyRunning: A launcher lives; its pid is named.
+    """
+    return InstanceLock(places.registry / LOCK_NAME, f"the launcher of {places.root}")
+
+
+def remove_remains(places: Places) -> None:
+    """Remove what ended domains and an ended launcher have left in the run directory."""
+    writer = RegistryWriter(places.registry)
+    for record in Registry(places.registry).all():
+        if record.role is not Role.DOMAIN0:
+            shutil.rmtree(places.run / record.name, ignore_errors=True)
+        writer.remove(record.name)
+    shutil.rmtree(places.run / CHIP_NAME, ignore_errors=True)
+    for remains in (places.launcher_socket, places.notify_socket, places.event_log):
+        with contextlib.suppress(OSError):
+            remains.unlink()
+
+
+def _end_together(records: Sequence[DomainRecord], drain_s: float) -> None:
+    for number, patience_s in ((signal.SIGTERM, drain_s), (signal.SIGKILL, drain_s)):
+        handles: list[int] = []
+        try:
+            for record in records:
+                assert record.pid is not None
+                assert record.start_time is not None
+                if send_signal(record.pid, record.start_time, number):
+                    with contextlib.suppress(ProcessLookupError):
+                        handles.append(os.pidfd_open(record.pid))
+                    send_signal(record.pid, record.start_time, signal.SIGCONT)
+            if _all_end(handles, patience_s):
+                return
+        finally:
+            for handle in handles:
+                os.close(handle)
+
+
+def _all_end(handles: Sequence[int], patience_s: float) -> bool:
+    waiting = set(handles)
+    while waiting:
+        ended, _, _ = select.select(waiting, [], [], patience_s)
+        if not ended:
+            return False
+        waiting -= set(ended)
+    return True

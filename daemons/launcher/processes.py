@@ -1,0 +1,88 @@
+"""What Linux tells about a process, and the one thing to ask of it: facts under /proc, prctl.
+
+A pid alone says little: it is given out again. A process is named by its pid and its start time
+(field 22 of /proc/PID/stat, in clock ticks since boot), as the registry records it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import signal
+from pathlib import Path
+
+from daemons.listeners import start_time_of
+
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def is_alive(pid: int, start_time: int) -> bool:
+    """Tell whether exactly this process runs: no later one with its number, no unreaped remains."""
+    try:
+        handle = os.pidfd_open(pid)
+    except (ProcessLookupError, ValueError):
+        return False
+    try:
+        return not _has_ended(handle) and start_time_of(pid) == start_time
+    finally:
+        os.close(handle)
+
+
+def _has_ended(handle: int) -> bool:
+    ended = select.poll()
+    ended.register(handle, select.POLLIN)
+    return bool(ended.poll(0))
+
+
+def send_signal(pid: int, start_time: int, number: signal.Signals) -> bool:
+    """Send a signal to exactly this process, never to a later one with the same number.
+
+    Returns:
+        False when it has ended already.
+
+    Raises:
+        PermissionError: It belongs to somebody else.
+    """
+    try:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return False
+    try:
+        # The handle is held now, so the number cannot change its owner between the two lines.
+        if _has_ended(handle) or start_time_of(pid) != start_time:
+            return False
+        signal.pidfd_send_signal(handle, number)
+    except ProcessLookupError:
+        return False
+    finally:
+        os.close(handle)
+    return True
+
+
+def pss_kib_of(pid: int) -> int | None:
+    """Read a process's proportional share of memory.
+
+    Returns:
+        KiB, or None when it is gone or may not be looked at.
+    """
+    try:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1])
+    except OSError:
+        return None
+    return None
+
+
+def become_child_subreaper() -> None:
+    """Make the orphans among this process's descendants its own children, so that it can reap them.
+
+    Raises:
+        OSError: The kernel refuses (it never has since Linux 3.4).
+
+    Spec: prctl(2), PR_SET_CHILD_SUBREAPER.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")

@@ -1,0 +1,392 @@
+"""The launcher's side of the fork server: children asked for, released, signalled and waited for.
+
+What a child is for is not known here. When the fork server itself is killed, its children live on:
+the launcher, their nearest subreaper, becomes their parent and watches them itself, and a new fork
+server takes the next orders.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Protocol
+
+import structlog
+import trio
+
+from daemons.errors import ExitCode, Failure
+from daemons.launcher.fork_server import (
+    DESCRIPTORS_PER_SPAWN,
+    GO,
+    PACKET_BYTES_MAX,
+    Order,
+    encode_spawn,
+)
+from daemons.launcher.processes import is_alive, send_signal
+from daemons.listeners import start_time_of
+
+SPAWN_DEADLINE_S = 15.0
+"""A fork server that is importing answers when it is done; far above the 0.2 s that takes."""
+SERVERS_AT_ONCE_MAX = 3
+"""Fork servers that may end one after the other without having been ready."""
+
+log = structlog.get_logger()
+
+
+class Process(Protocol):
+    """One child process as the supervisor sees it."""
+
+    @property
+    def pid(self) -> int:
+        """Its process number."""
+
+    @property
+    def start_time(self) -> int:
+        """Clock ticks since boot."""
+
+    def release(self) -> None:
+        """Open its gate: it does nothing before."""
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to its whole process group; nothing happens when it has ended."""
+
+    async def wait(self) -> int | None:
+        """Wait for its end; see `ExitedProcess` for the value."""
+
+
+class _Child:
+    """A child of a fork server."""
+
+    def __init__(self, pid: int, start_time: int, gate: int) -> None:
+        self.pid = pid
+        self.start_time = start_time
+        self._gate: int | None = gate
+        self._ended = trio.Event()
+        self._status: int | None = None
+
+    def release(self) -> None:
+        if self._gate is not None:
+            # One that was killed at its gate is reported like any other.
+            with contextlib.suppress(BrokenPipeError):
+                os.write(self._gate, GO)
+            self.close_gate()
+
+    def close_gate(self) -> None:
+        """Close the gate; a child that was not released ends."""
+        if self._gate is not None:
+            os.close(self._gate)
+            self._gate = None
+
+    def signal(self, number: signal.Signals) -> None:
+        if self._ended.is_set():
+            return
+        # The fork server reaps; until its report is read here the number may be free again, so it
+        # is checked. One signal and no more: a second SIGTERM can hit a daemon that is just ending.
+        if not is_alive(self.pid, self.start_time):
+            return
+        try:
+            os.killpg(self.pid, number)
+        except (ProcessLookupError, PermissionError):
+            send_signal(self.pid, self.start_time, number)  # at its gate it may have no group yet
+
+    async def wait(self) -> int | None:
+        """Wait for the end.
+
+        Returns:
+            The exit status, minus the signal number for a killed process, or None when nobody could
+            see it.
+        """
+        await self._ended.wait()
+        return self._status
+
+    def end(self, status: int | None) -> None:
+        """Note the end; the first report counts."""
+        if not self._ended.is_set():
+            self._status = status
+            self.close_gate()
+            self._ended.set()
+
+    @property
+    def has_ended(self) -> bool:
+        return self._ended.is_set()
+
+
+@dataclass(eq=False)
+class _Server:
+    """One fork server process and what was asked of it."""
+
+    process: subprocess.Popen[bytes]
+    link: trio.socket.SocketType
+    answers: dict[int, trio.MemorySendChannel[dict[str, object]]] = field(default_factory=dict)
+    children: dict[int, _Child] = field(default_factory=dict)
+    exits_before_spawned: dict[int, int] = field(default_factory=dict)
+    is_ready: bool = False
+
+
+class Spawner:
+    """Keeps one fork server running and gives out children.
+
+    Args:
+        programs: Program name to `module:function` of its main.
+        title: Process title of the fork server.
+        environment: The fork server's environment; None for the launcher's own.
+    """
+
+    def __init__(
+        self,
+        programs: Mapping[str, str],
+        *,
+        title: str,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self._command = [
+            *(sys.executable, "-P", "-m", "daemons.launcher.fork_server"),
+            *("--title", title),
+            *(f"{name}={place}" for name, place in programs.items()),
+        ]
+        self._environment = dict(os.environ if environment is None else environment)
+        self._server: _Server | None = None
+        self._changed = trio.Event()
+        self._next_number = 1
+        self._is_closing = False
+        self._has_ended = trio.Event()
+
+    @property
+    def server_pid(self) -> int | None:
+        """The fork server's process, while there is one."""
+        return self._server.process.pid if self._server is not None else None
+
+    def start(self) -> None:
+        """Start the first fork server; it imports while the launcher goes on.
+
+        Raises:
+            Failure: No process can be started.
+        """
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
+                [*self._command[:4], "--link", str(theirs.fileno()), *self._command[4:]],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                env=self._environment,
+                start_new_session=True,
+            )
+        except OSError as error:
+            ours.close()
+            raise Failure(
+                "cannot start the fork server",
+                why=str(error),
+                next_step="Look for a limit on processes or memory (ulimit -a)",
+            ) from error
+        finally:
+            theirs.close()
+        self._server = _Server(process, trio.socket.from_stdlib_socket(ours))
+        self._announce_change()
+
+    async def run(self) -> None:
+        """Hear what fork servers say, replace one that ends, until `close`.
+
+        Raises:
+            Failure: Fork servers end again and again before they are ready.
+        """
+        unready_in_a_row = 0
+        async with trio.open_nursery() as watchers:
+            while True:
+                server = self._server
+                if server is None:
+                    return
+                try:
+                    await self._hear(server)
+                except trio.Cancelled:
+                    server.link.close()
+                    raise
+                await trio.to_thread.run_sync(server.process.wait)
+                server.link.close()
+                unready_in_a_row = 0 if server.is_ready else unready_in_a_row + 1
+                for waiting in server.answers.values():
+                    waiting.close()
+                if self._is_closing:
+                    self._server = None
+                    self._has_ended.set()
+                    return
+                log.warning("fork server ended", status=server.process.returncode)
+                for child in server.children.values():
+                    watchers.start_soon(_watch_orphan, child)
+                if unready_in_a_row >= SERVERS_AT_ONCE_MAX:
+                    raise Failure(
+                        "cannot start daemons",
+                        why=f"the fork server ended {unready_in_a_row} times before it was ready"
+                        f" (last status {server.process.returncode})",
+                        next_step="Look at the launcher's log for the import that fails",
+                        exit_code=ExitCode.BUG,
+                    )
+                self.start()
+
+    async def spawn(self, order: Order, stdout: IO[bytes] | int, stderr: IO[bytes] | int) -> _Child:
+        """Fork a child; it waits at its gate until `release`.
+
+        Args:
+            order: What it runs.
+            stdout: Where its standard output goes.
+            stderr: Where its standard error goes.
+
+        Raises:
+            Failure: The program is unknown or cannot be imported, the fork failed, or nobody
+                answered in time.
+        """
+        gate_out, gate_in = os.pipe2(os.O_CLOEXEC)
+        null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            with trio.move_on_after(SPAWN_DEADLINE_S):
+                while True:
+                    descriptors = [null, _number(stdout), _number(stderr), gate_out]
+                    child = await self._ask(order, descriptors, gate_in)
+                    if child is not None:
+                        return child
+        except BaseException:
+            os.close(gate_in)
+            raise
+        finally:
+            os.close(gate_out)
+            os.close(null)
+        os.close(gate_in)
+        raise Failure(
+            f"cannot start {order.title}",
+            why=f"the fork server gave no answer within {SPAWN_DEADLINE_S:g} s",
+            next_step="Look at the launcher's log; `vtpm down` and `vtpm up` start afresh",
+        )
+
+    def close(self) -> None:
+        """Let the fork server end once its last child has; `run` then returns."""
+        self._is_closing = True
+        if self._server is not None:
+            self._server.link.shutdown(socket.SHUT_WR)
+
+    async def ended(self) -> None:
+        """Wait until the fork server has ended, after `close`."""
+        await self._has_ended.wait()
+
+    async def _ask(self, order: Order, descriptors: Sequence[int], gate: int) -> _Child | None:
+        """Ask the present fork server once; None when it ended and another is to be asked."""
+        server, changed = self._server, self._changed
+        if server is None:
+            raise trio.ClosedResourceError
+        number = self._next_number
+        self._next_number += 1
+        into_answer, answers = trio.open_memory_channel[dict[str, object]](1)
+        server.answers[number] = into_answer
+        packed = array.array("i", descriptors)
+        assert len(packed) == DESCRIPTORS_PER_SPAWN
+        try:
+            await server.link.sendmsg(
+                [encode_spawn(number, order)], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, packed)]
+            )
+            answer = await answers.receive()
+        except (OSError, trio.EndOfChannel, trio.ClosedResourceError):
+            await changed.wait()
+            return None
+        finally:
+            server.answers.pop(number, None)
+        if "error" in answer:
+            raise Failure(
+                f"cannot start {order.title}",
+                why=str(answer["error"]),
+                next_step="Install the stack again, or look at the launcher's log",
+                exit_code=ExitCode.BUG,
+            )
+        pid = answer["pid"]
+        assert isinstance(pid, int)
+        # A child killed at once has no start time any more; 0 is nobody's, so no signal can go
+        # astray.
+        child = _Child(pid, start_time_of(pid) or 0, gate)
+        early = server.exits_before_spawned.pop(pid, None)
+        if early is not None:
+            child.end(early)
+        else:
+            server.children[pid] = child
+        return child
+
+    async def _hear(self, server: _Server) -> None:
+        while True:
+            try:
+                packet = await server.link.recv(PACKET_BYTES_MAX)
+            except OSError:
+                return
+            if not packet:
+                return
+            message = json.loads(packet)
+            if "ready" in message:
+                server.is_ready = True
+            elif "spawned" in message:
+                waiting = server.answers.get(message["spawned"])
+                if waiting is not None:
+                    waiting.send_nowait(message)
+            elif message["exited"] in server.children:
+                server.children.pop(message["exited"]).end(message["status"])
+            else:
+                # Reported before the task that asked for it had its turn.
+                server.exits_before_spawned[message["exited"]] = message["status"]
+
+    def _announce_change(self) -> None:
+        changed, self._changed = self._changed, trio.Event()
+        changed.set()
+
+
+async def _watch_orphan(child: _Child) -> None:
+    """Wait for a child whose fork server is gone; the kernel made it ours."""
+    try:
+        handle = os.pidfd_open(child.pid)
+    except ProcessLookupError:
+        child.end(None)
+        return
+    try:
+        await trio.lowlevel.wait_readable(handle)
+    finally:
+        os.close(handle)
+    try:
+        # It has ended, so this does not wait.
+        _, wait_status = os.waitpid(child.pid, os.WNOHANG)  # noqa: ASYNC222
+    except ChildProcessError:
+        child.end(None)
+    else:
+        child.end(os.waitstatus_to_exitcode(wait_status))
+
+
+def _number(file: IO[bytes] | int) -> int:
+    return file if isinstance(file, int) else file.fileno()
+
+
+def open_log(path: Path, bytes_max: int) -> IO[bytes]:
+    """Open a domain's log for appending, after putting one that has grown too long aside.
+
+    Args:
+        path: In a private directory.
+        bytes_max: A longer log becomes NAME.1, and the NAME.1 before it is gone.
+
+    Raises:
+        Failure: It is a symlink, or cannot be opened.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags, 0o600)
+        if os.fstat(descriptor).st_size > bytes_max:
+            os.close(descriptor)
+            path.rename(path.with_name(path.name + ".1"))
+            descriptor = os.open(path, flags, 0o600)
+    except OSError as error:
+        raise Failure(
+            f"cannot open the log {path}",
+            why=error.strerror or str(error),
+            next_step="Remove what is there, or make room on the disk",
+            exit_code=ExitCode.IO_ERROR,
+        ) from error
+    return os.fdopen(descriptor, "ab", buffering=0)

@@ -1,0 +1,294 @@
+"""launcherd: starts, watches, labels and measures everything of one root.
+
+One launcher serves one root. It runs in the foreground, under systemd or a terminal; `--background`
+returns when the control socket answers. SIGTERM and SIGINT stop everything in order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+import structlog
+import trio
+
+from daemons import logs
+from daemons.errors import ExitCode, Failure
+from daemons.launcher.chip import Chip, Firmware
+from daemons.launcher.control import ControlServer
+from daemons.launcher.devices import Devices
+from daemons.launcher.domain import PROGRAMS
+from daemons.launcher.domains import Domains
+from daemons.launcher.last_words import read_last_words
+from daemons.launcher.launcher_settings import LauncherSettings
+from daemons.launcher.leftovers import launcher_lock, refuse_leftovers, remove_remains
+from daemons.launcher.methods import Methods
+from daemons.launcher.notifications import hear_notifications
+from daemons.launcher.processes import become_child_subreaper
+from daemons.launcher.spawner import Spawner, open_log
+from daemons.launcher.stack import Stack
+from daemons.launcher.supervisor import Changes
+from daemons.launcher_client import LauncherClient, StackNotUp
+from daemons.listeners import Kind, Listener, listen, start_time_of
+from daemons.places import DOMAIN0_NAME, Places
+from daemons.policy import load as load_policy
+from daemons.registry import DomainRecord, RegistryWriter, Role
+from daemons.sd_notify import Notifier, listen_for_notifications
+from daemons.service import STOP_SIGNALS, run_daemon
+from daemons.settings import load as load_settings
+
+PROGRAM: Final = "launcherd"
+LOG_NAME: Final = "launcher.log"
+BACKGROUND_START_S: Final = 20.0
+_POLL_S: Final = 0.01
+
+DAEMONS: Final[Mapping[str, str]] = {
+    program: f"daemons.{program}:main" for program in PROGRAMS.values()
+}
+"""Program name to the `module:function` that the fork server runs."""
+
+_INHERITED: Final = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "PYTHONPATH")
+"""What daemons get of the launcher's environment."""
+
+FirmwareFactory = Callable[[Places], Firmware]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """What a test may put in place of the real thing.
+
+    Attributes:
+        programs: Program name to `module:function`.
+        firmware: Makes the platform's part for the chip.
+    """
+
+    programs: Mapping[str, str]
+    firmware: FirmwareFactory
+
+
+def platform_firmware(places: Places) -> Firmware:
+    """Make the real firmware; imported here, so that a background start does not wait for it."""
+    from daemons.launcher.platform_firmware import PlatformFirmware  # noqa: PLC0415
+
+    return PlatformFirmware(places)
+
+
+REAL: Final = World(programs=DAEMONS, firmware=platform_firmware)
+
+
+def main(argv: list[str] | None = None, *, world: World = REAL) -> int:
+    """Run the launcher; the exit status is one of `ExitCode`."""
+    parser = argparse.ArgumentParser(prog=PROGRAM, description="Starts and watches one platform.")
+    parser.add_argument("--root", metavar="DIR", help="root of the installation")
+    parser.add_argument(
+        "--background", action="store_true", help="return when the control socket answers"
+    )
+    options = parser.parse_args(argv)
+    if options.background:
+        return run_daemon(PROGRAM, partial(_start_in_background, options.root))
+    return run_daemon(PROGRAM, partial(run_launcher, options.root, world))
+
+
+# -- in the background ---------------------------------------------------------------------------
+
+
+async def _start_in_background(root: str | None) -> None:
+    await trio.to_thread.run_sync(start_in_background, Places.choose(root, os.environ))
+
+
+def start_in_background(places: Places) -> None:
+    """Start the launcher in a session of its own, unless one answers, and wait until it does.
+
+    Raises:
+        Failure: It ended, with its own reason; or it does not answer.
+    """
+    if _answers(places):
+        return
+    places.prepare()
+    log_path = places.log_dir / LOG_NAME
+    with open_log(log_path, 16 * 1024 * 1024) as log_file:
+        since_byte = os.fstat(log_file.fileno()).st_size
+        process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
+            [sys.executable, "-P", "-m", "daemons.launcherd", "--root", str(places.root)],
+            stdin=subprocess.DEVNULL,
+            stdout=log_file,
+            stderr=log_file,
+            start_new_session=True,
+        )
+    deadline = time.monotonic() + BACKGROUND_START_S
+    while not _answers(places):
+        status = process.poll()
+        if status is not None:
+            words = read_last_words(log_path, since_byte)
+            raise Failure(
+                words.what or "cannot start the launcher",
+                why=words.why or f"it ended with status {status}",
+                next_step=words.next_step or f"Look at {log_path}",
+                exit_code=ExitCode(status) if status in set(ExitCode) else ExitCode.FAILED,
+            )
+        if time.monotonic() > deadline:
+            raise Failure(
+                "cannot start the launcher",
+                why=f"process {process.pid} has not answered within {BACKGROUND_START_S:g} s",
+                next_step=f"Look at {log_path}",
+                exit_code=ExitCode.UNAVAILABLE,
+            )
+        time.sleep(_POLL_S)  # another process gets ready; it has no other way to tell us
+    process.returncode = 0  # it stays; nobody waits for it here
+
+
+def _answers(places: Places) -> bool:
+    try:
+        with LauncherClient(places):
+            return True
+    except StackNotUp:
+        return False
+
+
+# -- the launcher itself -------------------------------------------------------------------------
+
+
+async def run_launcher(root: str | None, world: World) -> None:
+    """Be the launcher until SIGTERM, SIGINT or the method `stop`.
+
+    Raises:
+        Failure: Another one runs, an old stack does, or the places, settings or policy are not as
+            they should be.
+    """
+    places = Places.choose(root, os.environ)
+    settings = load_settings(places.settings(PROGRAM), LauncherSettings)
+    logs.configure(PROGRAM, level=settings.log_level)
+    places.prepare()
+    with launcher_lock(places):
+        refuse_leftovers(places)
+        remove_remains(places)
+        become_child_subreaper()
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the terminal may go, the platform stays
+        spawner = Spawner(world.programs, title=f"vtpm fork server {places.root}")
+        spawner.start()  # it imports while we go on
+        registry = RegistryWriter(places.registry)
+        with _listening(places) as (control, notify):
+            registry.put(_own_record(load_policy(places.policy).default_label(Role.DOMAIN0)))
+            try:
+                await _Launcher(places, settings, spawner, registry, world).run(control, notify)
+            finally:
+                remove_remains(places)
+
+
+@contextlib.contextmanager
+def _listening(places: Places) -> Iterator[tuple[Listener, Listener]]:
+    with (
+        listen_for_notifications(places.notify_socket) as notify,
+        listen(places.launcher_socket, Kind.STREAM) as control,
+    ):
+        yield control, notify
+
+
+def _own_record(label: str) -> DomainRecord:
+    return DomainRecord(
+        name=DOMAIN0_NAME,
+        domid=0,
+        role=Role.DOMAIN0,
+        label=label,
+        uid=os.geteuid(),
+        pid=os.getpid(),
+        start_time=start_time_of(os.getpid()),
+        localities=(0, 1, 2, 3, 4),
+    )
+
+
+class _Launcher:
+    """Wires the rooms together and keeps them running."""
+
+    def __init__(
+        self,
+        places: Places,
+        settings: LauncherSettings,
+        spawner: Spawner,
+        registry: RegistryWriter,
+        world: World,
+    ) -> None:
+        self._places = places
+        self._settings = settings
+        self._spawner = spawner
+        self._registry = registry
+        self._world = world
+        self._ended = trio.Event()
+
+    async def run(self, control: Listener, notify: Listener) -> None:
+        """Serve until everything is stopped."""
+        with trio.open_signal_receiver(*STOP_SIGNALS) as signals:
+            async with trio.open_nursery() as nursery:
+                stack = self._stack(nursery)
+                chip = Chip(stack, self._world.firmware(self._places))
+                domains = Domains(stack, chip)
+                methods = Methods(stack, chip, domains, Devices(stack, domains), self._ended.set)
+                server = ControlServer(
+                    methods.table(), nursery, self._settings.control_connections_max
+                )
+                nursery.start_soon(self._spawner.run)
+                await nursery.start(
+                    hear_notifications, notify, partial(_pass_notification, stack, chip)
+                )
+                await nursery.start(server.serve, control)
+                notifier = Notifier.from_environment(os.environ)
+                notifier.ready(f"serving {self._places.root}")
+                structlog.get_logger().info("ready", root=str(self._places.root))
+                nursery.start_soon(self._stop_on_signal, signals, domains, notifier)
+                await self._ended.wait()
+                # The answer to `stop` is on its way; its client sees the end of the connection
+                # after it.
+                await server.answered()
+                self._spawner.close()
+                with trio.move_on_after(self._settings.supervisor.drain_s):
+                    await self._spawner.ended()
+                nursery.cancel_scope.cancel()
+
+    async def _stop_on_signal(self, signals: object, domains: Domains, notifier: Notifier) -> None:
+        async for number in signals:  # type: ignore[attr-defined]
+            structlog.get_logger().info("stopping", signal=number)
+            notifier.stopping()
+            await domains.stop_all(_log_progress)
+            self._ended.set()
+
+    def _stack(self, nursery: trio.Nursery) -> Stack:
+        environment = {name: os.environ[name] for name in _INHERITED if name in os.environ}
+        environment["NOTIFY_SOCKET"] = str(self._places.notify_socket)
+        return Stack(
+            places=self._places,
+            settings=self._settings,
+            policy=load_policy(self._places.policy),
+            spawner=self._spawner,
+            registry=self._registry,
+            changes=Changes(),
+            nursery=nursery,
+            child_environment=environment,
+        )
+
+
+async def _log_progress(text: str) -> None:
+    structlog.get_logger().info(text)
+
+
+def _pass_notification(stack: Stack, chip: Chip, pid: int, fields: Mapping[str, str]) -> bool:
+    if chip.pid == pid:
+        chip.supervisor.notified(fields)
+        return True
+    for domain in stack.domains.values():
+        if domain.external is None and domain.pid == pid:
+            domain.supervisor.notified(fields)
+            return True
+    return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Domain configuration files as xl reads them: syntax, keys, devices, arguments. Pure."""

@@ -1,0 +1,721 @@
+"""A whole launcher with real processes whose daemons are fakes: order, deaths, and the ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from daemons.errors import ExitCode, Failure
+from daemons.launcher.leftovers import end_leftovers, find_leftovers
+from daemons.launcher.processes import is_alive
+from daemons.launcher_client import LauncherClient, StackNotUp
+from daemons.listeners import start_time_of
+from daemons.places import Places
+
+FAKE_LAUNCHER = Path(__file__).parents[2] / "fakes" / "fake_launcher.py"
+DEADLINE_S = 20
+UUID = "ac0a5b9e-cbe2-4c07-b43b-1d69e46fb839"
+
+MANAGER = """
+name="vtpmmgr"
+kernel="/usr/lib/xen/boot/vtpmmgr-stubdom.gz"
+extra="tpmlocality=2"
+memory=8
+disk=["file:/images/vtpmmgr-stubdom.img,hda,w"]
+iomem=["fed42,1"]
+"""
+VTPM = f"""
+name="vtpm-guest1"
+kernel="/usr/lib/xen/boot/vtpm-stubdom.gz"
+extra="loglevel=debug"
+memory=8
+disk=["file:/images/vtpm-guest1.img,hda,w"]
+vtpm=["backend=vtpmmgr,uuid={UUID}"]
+"""
+GUEST = """
+name="guest1"
+kernel="/usr/lib/xen/boot/pv-grub-x86_64.gz"
+memory=1024
+disk=["file:/images/guest1.img,xvda,w"]
+vif=['mac=00:01:02:03:04:05,bridge=br0']
+vtpm=["backend=vtpm-guest1"]
+"""
+SETTINGS = """
+destroy_drain_s = 0.3
+backend_wait_s = 0.3
+[supervisor]
+start_s = 3.0
+drain_s = 3.0
+backoff_first_s = 0.01
+backoff_max_s = 0.05
+restarts_max = 3
+"""
+
+
+def numbered(text: str, number: int) -> str:
+    return text.replace("guest1", f"guest{number}").replace(UUID[:8], f"{number:08x}")
+
+
+class Stack:
+    """One root, its launcher, and what can be seen of it."""
+
+    def __init__(self, root: Path):
+        self.places = Places(root)
+        self.root = root
+        self.launcher: subprocess.Popen | None = None
+        (root / "behave").mkdir()
+        (root / "images").mkdir()
+        for name in ("vtpmmgr-stubdom", "vtpm-guest1", "vtpm-guest2", "guest1", "guest2"):
+            (root / "images" / f"{name}.img").write_bytes(bytes(4096))
+        self.places.prepare()
+        (root / "etc/vtpm").mkdir(parents=True)
+        (root / "etc/vtpm/launcherd.toml").write_text(SETTINGS)
+
+    # -- the launcher
+
+    def spawn_launcher(self) -> subprocess.Popen:
+        with (self.root / "launcher.log").open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, FAKE_LAUNCHER, "--root", self.root],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+
+    def start(self) -> None:
+        self.launcher = self.spawn_launcher()
+        self.until(self.answers, "the launcher answers")
+
+    def answers(self) -> bool:
+        try:
+            with LauncherClient(self.places):
+                return True
+        except StackNotUp:
+            assert self.launcher.poll() is None, self.launcher_log()
+            return False
+
+    def launcher_log(self) -> str:
+        return (self.root / "launcher.log").read_text()
+
+    def call(self, method, progress=None, **params):
+        with LauncherClient(self.places) as client:
+            return client.call(method, progress, timeout_s=DEADLINE_S, **params)
+
+    def create(self, text, **params):
+        return self.call("create", config_text=text, path="x.cfg", **params)
+
+    def create_chain(self):
+        for text in (MANAGER, VTPM, GUEST):
+            self.create(text)
+
+    # -- what can be seen
+
+    def row(self, name: str) -> dict:
+        (row,) = [row for row in self.call("list") if row["name"] == name]
+        return row
+
+    def chip(self) -> dict:
+        return self.call("status")["chip"]
+
+    def story(self, event: str | None = None) -> list[dict]:
+        place = self.root / "story"
+        lines = place.read_text().splitlines() if place.exists() else []
+        parsed = [json.loads(line) for line in lines]
+        return [entry for entry in parsed if event is None or entry["event"] == event]
+
+    def names(self, event: str | None = None) -> list[str]:
+        return [entry["name"] for entry in self.story(event)]
+
+    def pids(self) -> list[int]:
+        return [entry["pid"] for entry in self.story("started")]
+
+    def until(self, is_so, what: str) -> None:
+        """Wait for something outside this process; there is no event to wait for."""
+        deadline = time.monotonic() + DEADLINE_S
+        while not is_so():
+            assert time.monotonic() < deadline, f"never: {what}\n{self.launcher_log()}"
+            time.sleep(0.005)
+
+    def until_state(self, name: str, state: str) -> dict:
+        self.until(lambda: self.row(name)["state"].startswith(state), f"{name} is {state}")
+        return self.row(name)
+
+    def behave(self, name: str, how: str) -> None:
+        (self.root / "behave" / name).write_text(how)
+
+    def what_is_left(self) -> list[str]:
+        """Name every process and file that should not be there after the end."""
+        pids = [f"process {pid}" for pid in self.pids() if start_time_of(pid) is not None]
+        files = [str(path) for path in self.places.run.rglob("*") if not path.is_dir()]
+        directories = [
+            str(path)
+            for path in self.places.run.iterdir()
+            if path.is_dir() and path.name != "registry"
+        ]
+        return pids + files + directories
+
+    def stop(self) -> int:
+        self.call("stop")
+        return self.launcher.wait(DEADLINE_S)
+
+
+@contextmanager
+def _stack(root):
+    stack = Stack(root)
+    try:
+        yield stack
+    finally:
+        if stack.launcher is not None and stack.launcher.poll() is None:
+            stack.launcher.kill()
+            stack.launcher.wait()
+        end_leftovers(stack.places, drain_s=0.2)
+
+
+@pytest.fixture
+def stack(tmp_path):
+    with _stack(tmp_path) as stack:
+        stack.start()
+        yield stack
+
+
+@pytest.fixture
+def down(tmp_path):
+    with _stack(tmp_path) as stack:
+        yield stack
+
+
+def kill(row: dict) -> None:
+    os.kill(row["pid"], signal.SIGKILL)
+
+
+# -- the way in and out --------------------------------------------------------------------------
+
+
+def test_chain_starts_in_order_and_everything_is_told(stack):
+    stack.create_chain()
+    assert stack.names() == [
+        *("hwtpm", "firmware", "firmware"),
+        *("vtpmmgr", "vtpm-guest1", "guest1"),
+    ]
+    assert [entry["event"] for entry in stack.story()[1:3]] == ["power_on", "launch_manager"]
+    rows = {row["name"]: row for row in stack.call("list")}
+    assert list(rows) == ["Domain-0", "vtpmmgr", "vtpm-guest1", "guest1"]
+    assert [row["domid"] for row in rows.values()] == [0, 1, 2, 3]
+    assert {row["state"] for row in rows.values()} == {"running"}
+    assert rows["guest1"]["memory"] == 1024
+    assert rows["guest1"]["vif"] == ["mac=00:01:02:03:04:05,bridge=br0"]
+    assert rows["guest1"]["label"] == "system_u:system_r:domU_t"
+    assert rows["vtpm-guest1"]["status"] == "at work"
+    status = stack.call("status")
+    assert status["chip"]["state"] == "running"
+    assert [row["backends"] for row in status["domains"]] == [[], ["vtpmmgr"], ["vtpm-guest1"]]
+    assert all(row["pss_kib"] > 0 for row in (status["chip"], *status["domains"]))
+    assert stack.call("domid", name="guest1") == 3
+
+
+def test_record_has_what_backends_need(stack):
+    stack.create_chain()
+    _, manager, vtpm, guest = (entry["record"] for entry in stack.story("started"))
+    assert (manager["role"], manager["localities"]) == ("manager", [2])
+    assert (vtpm["role"], vtpm["boot_hash"]) == ("vtpm", "ab" * 20)
+    assert vtpm["vtpms"] == [{"devid": 0, "backend": "vtpmmgr", "uuid": UUID, "handle": 0}]
+    assert guest["role"] == "guest"
+    assert guest["vtpms"][0]["backend"] == "vtpm-guest1"
+    assert stack.story("started")[1]["config"] == MANAGER
+
+
+def test_stop_is_in_order_and_leaves_nothing(stack):
+    stack.create_chain()
+    stack.create(numbered(VTPM, 2))
+    stack.create(numbered(GUEST, 2))
+    told: list[str] = []
+    stack.call("stop", told.append)
+    assert stack.launcher.wait(DEADLINE_S) == 0
+    order = stack.names("stopped")
+    assert set(order[:2]) == {"guest1", "guest2"}
+    assert set(order[2:4]) == {"vtpm-guest1", "vtpm-guest2"}
+    assert order[4:] == ["vtpmmgr", "hwtpm"]
+    assert "switching the hardware TPM off" in told
+    assert stack.what_is_left() == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_stops_everything_too(stack, number):
+    stack.create_chain()
+    stack.launcher.send_signal(number)
+    assert stack.launcher.wait(DEADLINE_S) == 0
+    assert stack.names("stopped") == ["guest1", "vtpm-guest1", "vtpmmgr", "hwtpm"]
+    assert stack.what_is_left() == []
+
+
+def test_hangup_stops_nothing(stack):
+    stack.create(MANAGER)
+    stack.launcher.send_signal(signal.SIGHUP)
+    assert stack.row("vtpmmgr")["state"] == "running"
+
+
+def test_launcher_without_domains_ends_as_clean(stack):
+    assert stack.stop() == 0
+    assert stack.what_is_left() == []
+
+
+def test_stubborn_domain_is_killed_after_its_time(stack):
+    stack.behave("guest1", "stubborn")
+    stack.create_chain()
+    stack.call("destroy", domain="guest1")
+    assert [row["name"] for row in stack.call("list")] == ["Domain-0", "vtpmmgr", "vtpm-guest1"]
+    assert not stack.places.domain("guest1").directory.exists()
+    assert stack.stop() == 0
+    assert stack.what_is_left() == []
+
+
+def test_second_launcher_of_a_root_is_refused_and_the_first_goes_on(stack):
+    stack.create(MANAGER)
+    second = stack.spawn_launcher()
+    assert second.wait(DEADLINE_S) == ExitCode.UNAVAILABLE
+    assert f"process {stack.launcher.pid} holds" in stack.launcher_log()
+    assert stack.row("vtpmmgr")["state"] == "running"
+
+
+def test_two_roots_do_not_touch_each_other(stack, tmp_path_factory):
+    with _stack(tmp_path_factory.mktemp("other")) as other:
+        other.start()
+        stack.create_chain()
+        other.create(MANAGER)
+        assert other.stop() == 0
+        assert stack.row("guest1")["state"] == "running"
+
+
+# -- mistakes ------------------------------------------------------------------------------------
+
+
+def refused(stack, method, **params) -> Failure:
+    with pytest.raises(Failure) as raised:
+        stack.call(method, **params)
+    failure = raised.value
+    assert failure.what
+    assert failure.why
+    assert failure.next_step
+    return failure
+
+
+def create_refused(stack, text) -> Failure:
+    return refused(stack, "create", config_text=text, path="x.cfg")
+
+
+def test_missing_image_names_its_path_and_how_to_make_it(stack):
+    image = stack.root / "images/vtpmmgr-stubdom.img"
+    image.unlink()
+    failure = create_refused(stack, MANAGER)
+    assert str(image) in failure.what
+    assert f"dd if=/dev/zero of={image} bs=1M count=2" in failure.next_step
+    assert failure.exit_code is ExitCode.NO_INPUT
+    assert [row["name"] for row in stack.call("list")] == ["Domain-0"]
+
+
+@pytest.mark.parametrize("how", ["empty", "directory"])
+def test_image_that_is_none_is_refused(stack, how):
+    image = stack.root / "images/vtpmmgr-stubdom.img"
+    image.unlink()
+    if how == "empty":
+        image.touch()
+    else:
+        image.mkdir()
+    assert str(image) in create_refused(stack, MANAGER).what
+
+
+def test_config_mistake_is_told_with_its_line(stack):
+    assert "line 2" in str(create_refused(stack, '\nname="a" b'))
+
+
+def test_guest_without_its_vtpm_is_told_what_to_create(stack):
+    failure = create_refused(stack, GUEST)
+    assert "no domain vtpm-guest1" in failure.why
+    assert "vtpm create vtpm-guest1.cfg" in failure.next_step
+
+
+def test_backend_of_the_wrong_role_is_refused(stack):
+    stack.create_chain()
+    failure = create_refused(stack, numbered(VTPM, 2).replace("backend=vtpmmgr", "backend=guest1"))
+    assert "guest1 is a guest, not a manager" in failure.why
+    failure = create_refused(
+        stack, numbered(GUEST, 2).replace("backend=vtpm-guest2", "backend=vtpmmgr")
+    )
+    assert "vtpmmgr is a manager, not a vtpm" in failure.why
+
+
+def test_backend_may_be_given_by_its_domid(stack):
+    stack.create(MANAGER)
+    stack.create(VTPM.replace("backend=vtpmmgr", "backend=1"))
+    assert stack.row("vtpm-guest1")["backends"] == ["vtpmmgr"]
+
+
+def test_vtpm_is_one_guests_only(stack):
+    stack.create_chain()
+    failure = create_refused(stack, GUEST.replace('"guest1"', '"other"'))
+    assert "it is the TPM of guest1" in failure.why
+
+
+def test_name_is_taken_only_once(stack):
+    stack.create(MANAGER)
+    assert "exists (domid 1, running)" in create_refused(stack, MANAGER).why
+
+
+def test_second_manager_is_refused(stack):
+    stack.create(MANAGER)
+    failure = create_refused(stack, MANAGER.replace('"vtpmmgr"', '"other"'))
+    assert "the platform has its manager: vtpmmgr" in failure.why
+
+
+def test_unknown_domain_names_those_that_there_are(stack):
+    for method in ("destroy", "shutdown", "reboot", "pause", "unpause", "block_list"):
+        failure = refused(stack, method, domain="nobody")
+        assert "Domain-0" in failure.why
+    assert "'\\x1b'" in refused(stack, "domid", name="\x1b").what
+
+
+# -- waiting -------------------------------------------------------------------------------------
+
+
+def test_vtpm_made_before_its_manager_waits_for_it(stack):
+    failure = create_refused(stack, VTPM)
+    assert failure.exit_code is ExitCode.UNAVAILABLE
+    assert "waits for vtpmmgr, which does not exist" in failure.why
+    assert "waits for vtpmmgr" in stack.row("vtpm-guest1")["state"]
+    stack.create(MANAGER)
+    stack.until_state("vtpm-guest1", "running")
+
+
+def test_vtpm_without_disk_waits_for_block_attach(stack):
+    stack.create(MANAGER)
+    text = "\n".join(line for line in VTPM.splitlines() if not line.startswith("disk"))
+    assert "waits for its disk hda" in create_refused(stack, text).why
+    row = stack.call(
+        "block_attach",
+        domain="vtpm-guest1",
+        spec="backendtype=phy,backend=0,vdev=hda,access=w,target=/images/vtpm-guest1.img",
+    )
+    assert row["vdev"] == 768
+    stack.until_state("vtpm-guest1", "running")
+    assert 'disk += ["backendtype=phy' in stack.story("started")[-1]["config"]
+    (disk,) = stack.call("block_list", domain="vtpm-guest1")
+    assert (disk["target"], disk["access"]) == ("/images/vtpm-guest1.img", "w")
+
+
+def test_platform_built_paused_gets_its_devices_before_it_runs(stack):
+    bare = "\n".join(line for line in VTPM.splitlines() if not line.startswith("vtpm="))
+    guest = "\n".join(line for line in GUEST.splitlines() if not line.startswith("vtpm="))
+    stack.create(bare, paused=True)
+    stack.create(guest, paused=True)
+    assert stack.row("guest1")["state"] == "paused"
+    assert stack.row("guest1")["pid"] is None
+    stack.create(MANAGER)
+    attached = stack.call("vtpm_attach", domain="vtpm-guest1", backend="vtpmmgr", uuid=UUID)
+    assert (attached["idx"], attached["be"], attached["uuid"]) == (0, 3, UUID)
+    stack.call("vtpm_attach", domain="guest1", backend="vtpm-guest1")
+    stack.call("unpause", domain="vtpm-guest1")
+    stack.call("unpause", domain="guest1")
+    assert stack.names("started") == ["hwtpm", "vtpmmgr", "vtpm-guest1", "guest1"]
+    assert f'vtpm = ["backend=vtpmmgr,uuid={UUID}"]' in stack.story("started")[2]["config"]
+    rows = stack.call("vtpm_list", domains=["vtpm-guest1", "guest1"])
+    assert [(row["backend"], row["state"]) for row in rows] == [("vtpmmgr", 4), ("vtpm-guest1", 4)]
+    assert rows[0]["be_path"] == "/local/domain/3/backend/vtpm/1/0"
+
+
+def test_devices_of_a_running_domain_stay(stack):
+    stack.create_chain()
+    for method, params in (
+        ("vtpm_attach", {"backend": "vtpm-guest1"}),
+        ("vtpm_detach", {"devid_or_uuid": "0"}),
+        ("block_attach", {"spec": "file:/images/guest2.img,xvdb,w"}),
+    ):
+        assert "it is running" in refused(stack, method, domain="guest1", **params).why
+
+
+def test_vtpm_is_attached_once_and_detached_by_number_or_uuid(stack):
+    stack.create(MANAGER)
+    stack.create(VTPM, paused=True)
+    failure = refused(stack, "vtpm_attach", domain="vtpm-guest1", backend="vtpmmgr")
+    assert f"uuid {UUID}" in failure.why
+    failure = refused(stack, "vtpm_detach", domain="vtpm-guest1", devid_or_uuid="7")
+    assert UUID in failure.why
+    stack.call("vtpm_detach", domain="vtpm-guest1", devid_or_uuid=UUID.upper())
+    assert stack.call("vtpm_list", domains=["vtpm-guest1"]) == []
+    failure = refused(stack, "vtpm_attach", domain="vtpm-guest1", backend="vtpmmgr", uuid="x")
+    assert failure.exit_code is ExitCode.USAGE
+    stack.call("vtpm_attach", domain="vtpm-guest1", backend="vtpmmgr")
+    stack.call("vtpm_detach", domain="vtpm-guest1", devid_or_uuid="0")
+
+
+# -- deaths --------------------------------------------------------------------------------------
+
+
+def test_dead_manager_is_started_again_alone(stack):
+    stack.create_chain()
+    before = {row["name"]: row for row in stack.call("list")}
+    kill(before["vtpmmgr"])
+    stack.until(lambda: stack.row("vtpmmgr")["restarts"] == 1, "restarted")
+    row = stack.until_state("vtpmmgr", "running")
+    assert row["pid"] != before["vtpmmgr"]["pid"]
+    assert row["domid"] not in {entry["domid"] for entry in before.values()}
+    assert row["last_reason"] == "killed by SIGKILL"
+    for name in ("vtpm-guest1", "guest1"):
+        assert stack.row(name)["pid"] == before[name]["pid"]
+
+
+def test_death_of_a_vtpm_reboots_its_guest_before_it_is_back(stack):
+    stack.create_chain()
+    stack.create(numbered(VTPM, 2))
+    stack.create(numbered(GUEST, 2))
+    before = {row["name"]: row for row in stack.call("list")}
+    mark = len(stack.story())
+    kill(before["vtpm-guest1"])
+    stack.until(lambda: stack.row("guest1")["restarts"] == 1, "the guest is rebooted")
+    row = stack.until_state("guest1", "running")
+    assert row["last_reason"] == "its vTPM vtpm-guest1 was started anew"
+    assert row["domid"] > before["guest1"]["domid"]
+    # The guest is gone before its vTPM has clean PCRs, and back only after it.
+    assert [(e["name"], e["event"]) for e in stack.story()[mark:]] == [
+        ("guest1", "stopped"),
+        ("vtpm-guest1", "started"),
+        ("guest1", "started"),
+    ]
+    assert stack.row("vtpm-guest1")["restarts"] == 1  # and not once more for the guest's start
+    for name in ("vtpm-guest2", "guest2", "vtpmmgr"):
+        assert stack.row(name)["pid"] == before[name]["pid"]
+
+
+def test_death_of_a_guest_resets_its_vtpm(stack):
+    stack.create_chain()
+    before = stack.row("vtpm-guest1")
+    mark = len(stack.story())
+    kill(stack.row("guest1"))
+    stack.until(lambda: stack.row("guest1")["restarts"] == 1, "the guest is rebooted")
+    stack.until_state("guest1", "running")
+    assert stack.row("vtpm-guest1")["pid"] != before["pid"]
+    assert stack.row("vtpm-guest1")["last_reason"] == "reset for the start of guest1"
+    assert stack.row("guest1")["last_reason"] == "killed by SIGKILL"
+    assert [(e["name"], e["event"]) for e in stack.story()[mark:]] == [
+        ("vtpm-guest1", "stopped"),
+        ("vtpm-guest1", "started"),
+        ("guest1", "started"),
+    ]
+
+
+def test_new_guest_on_a_used_vtpm_finds_it_reset(stack):
+    stack.create_chain()
+    first = stack.row("vtpm-guest1")["pid"]
+    stack.call("destroy", domain="guest1")
+    stack.create(GUEST)
+    assert stack.row("vtpm-guest1")["pid"] != first
+
+
+def test_vtpm_that_is_made_anew_reboots_the_guest_that_used_the_old_one(stack):
+    stack.create_chain()
+    stack.call("destroy", domain="vtpm-guest1")
+    assert stack.row("guest1")["state"] == "running"  # it has lost its TPM, as in Xen
+    stack.create(VTPM)
+    stack.until(lambda: stack.row("guest1")["restarts"] == 1, "the guest is rebooted")
+    stack.until_state("guest1", "running")
+
+
+def test_reboot_gives_a_new_domid_and_a_reset_vtpm(stack):
+    stack.create_chain()
+    before = {row["name"]: row for row in stack.call("list")}
+    row = stack.call("reboot", domain="guest1")
+    assert row["domid"] > before["guest1"]["domid"]
+    assert row["last_reason"] == "reboot was asked for"
+    assert stack.row("vtpm-guest1")["pid"] != before["vtpm-guest1"]["pid"]
+    first, second = [
+        e["record"]["vtpms"][0]["uuid"] for e in stack.story("started") if e["name"] == "guest1"
+    ]
+    assert first != second  # random at each start where the config names none
+
+
+def test_death_of_the_chip_is_a_power_failure_of_the_platform(stack):
+    stack.create_chain()
+    before = {row["name"]: row for row in stack.call("list")}
+    mark = len(stack.story())
+    kill(stack.chip())
+    stack.until(lambda: stack.row("guest1")["restarts"] == 1, "the platform is back")
+    row = stack.until_state("guest1", "running")
+    assert row["last_reason"] == "the platform lost its power (killed by SIGKILL)"
+    assert row["domid"] > before["guest1"]["domid"]
+    assert stack.chip()["restarts"] == 1
+    assert stack.chip()["last_reason"] == "killed by SIGKILL"
+    after = [(e["name"], e["event"]) for e in stack.story()[mark:]]
+    assert after == [
+        *(("guest1", "stopped"), ("vtpm-guest1", "stopped"), ("vtpmmgr", "stopped")),
+        *(("hwtpm", "started"), ("firmware", "power_on"), ("firmware", "launch_manager")),
+        *(("vtpmmgr", "started"), ("vtpm-guest1", "started"), ("guest1", "started")),
+    ]
+
+
+def test_crash_loop_ends_in_failed_with_the_reason(stack):
+    stack.create(MANAGER)
+    stack.behave("vtpm-guest1", "fails 70")
+    failure = create_refused(stack, VTPM)
+    assert "it died 4 times in a row" in failure.why
+    row = stack.row("vtpm-guest1")
+    assert row["state"].startswith("failed: ")
+    assert "cannot open image: it is upside down" in row["state"]
+    assert (row["restarts"], row["pid"]) == (3, None)
+    assert stack.names("started").count("vtpm-guest1") == 4
+
+
+def test_failed_domain_can_be_rebooted_or_created_again(stack):
+    stack.behave("vtpmmgr", "fails 65")
+    create_refused(stack, MANAGER)
+    create_refused(stack, MANAGER)
+    stack.behave("vtpmmgr", "ready")
+    assert stack.call("reboot", domain="vtpmmgr")["state"] == "running"
+
+
+@pytest.mark.parametrize("code", [ExitCode.CONFIGURATION, ExitCode.DAMAGED, ExitCode.NO_PERMISSION])
+def test_failure_that_no_restart_mends_is_told_as_the_daemon_told_it(stack, code):
+    stack.behave("vtpmmgr", f"fails {int(code)} bit 7 is flipped")
+    failure = create_refused(stack, MANAGER)
+    assert (failure.what, failure.why) == ("cannot open image", "bit 7 is flipped")
+    assert (failure.next_step, failure.exit_code) == ("turn it", code)
+    assert stack.names("started").count("vtpmmgr") == 1
+    assert stack.row("vtpmmgr")["state"] == "failed: cannot open image: bit 7 is flipped"
+
+
+def test_create_waits_through_a_first_crash(stack):
+    stack.behave("vtpmmgr", "fails_once 70")
+    told: list[str] = []
+    row = stack.call("create", told.append, config_text=MANAGER, path="x.cfg")
+    assert (row["state"], row["restarts"]) == ("running", 1)
+    assert any("upside down" in text for text in told)
+
+
+def test_domain_that_is_never_ready_is_killed_in_time(stack):
+    (stack.root / "etc/vtpm/launcherd.toml").write_text(
+        SETTINGS.replace("start_s = 3.0", "start_s = 0.1")
+    )
+    stack.stop()
+    stack.start()
+    stack.call("power_on")
+    stack.behave("vtpmmgr", "silent")
+    told: list[str] = []
+    with pytest.raises(Failure, match="not ready within"):
+        stack.call("create", told.append, config_text=MANAGER, path="x.cfg")
+    assert "thinking" in told
+
+
+def test_nobody_reports_another_domain_ready(stack):
+    (stack.root / "etc/vtpm/launcherd.toml").write_text(
+        SETTINGS.replace("start_s = 3.0", "start_s = 0.3")
+    )
+    stack.stop()
+    stack.start()
+    stack.behave("vtpmmgr", "speaks_for_another")
+    create_refused(stack, MANAGER)
+    assert "a notification is from no domain" in stack.launcher_log()
+
+
+def test_firmware_that_fails_is_the_failure_of_the_platform(stack):
+    stack.behave("firmware", "fail")
+    failure = refused(stack, "power_on")
+    assert (failure.what, failure.next_step) == ("the chip refused", "mend it")
+    assert "firmware failed" in stack.chip()["state"]
+    (stack.root / "behave/firmware").unlink()
+    stack.call("power_on")
+    assert stack.chip()["state"] == "running"
+
+
+def test_killed_fork_server_costs_nobody_anything(stack):
+    stack.create_chain()
+    before = {row["name"]: row["pid"] for row in stack.call("list")}
+    os.kill(stack.call("status")["launcher"]["fork_server_pid"], signal.SIGKILL)
+    stack.create(numbered(VTPM, 2))
+    for name, pid in before.items():
+        assert stack.row(name)["pid"] == pid
+    kill(stack.row("guest1"))  # now a child of the launcher itself
+    stack.until(lambda: stack.row("guest1")["restarts"] == 1, "rebooted")
+    assert stack.row("guest1")["last_reason"] == "killed by SIGKILL"
+    stack.until_state("guest1", "running")
+    assert stack.stop() == 0
+    assert stack.what_is_left() == []
+
+
+# -- pause, external guests, leftovers -----------------------------------------------------------
+
+
+def state_letter(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_paused_domain_stands_still_and_goes_on(stack):
+    stack.create_chain()
+    pid = stack.row("guest1")["pid"]
+    stack.call("pause", domain="guest1")
+    stack.call("pause", domain="guest1")
+    assert stack.row("guest1")["state"] == "paused"
+    stack.until(lambda: state_letter(pid) == "T", "it stands")
+    stack.call("unpause", domain="guest1")
+    stack.until(lambda: state_letter(pid) == "S", "it goes on")
+    stack.call("pause", domain="guest1")
+    stack.call("shutdown", domain="guest1")
+    assert stack.names("stopped") == ["guest1"]
+
+
+def test_external_process_is_a_guest_until_it_ends(stack):
+    stack.create(MANAGER)
+    stack.create(VTPM)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        row = stack.call("attach_external", config_text=GUEST, pid=process.pid)
+        assert (row["pid"], row["state"], row["role"]) == (process.pid, "running", "guest")
+        record = json.loads((stack.places.registry / "guest1.json").read_text())
+        assert record["pid"] == process.pid
+        assert "not started by the launcher" in refused(stack, "pause", domain="guest1").why
+        process.stdin.write(b"\n")
+    stack.until(lambda: len(stack.call("list")) == 3, "it is forgotten")
+    assert not (stack.places.registry / "guest1.json").exists()
+    assert (
+        "no such process"
+        in refused(stack, "attach_external", config_text=GUEST, pid=process.pid).why
+    )
+
+
+def test_external_guest_loses_its_tpm_when_the_tpm_is_reset(stack):
+    stack.create(MANAGER)
+    stack.create(VTPM)
+    stack.call("attach_external", config_text=GUEST, pid=os.getpid())
+    stack.call("reboot", domain="vtpm-guest1")
+    assert "guest1" not in [row["name"] for row in stack.call("list")]
+
+
+def test_killed_launcher_leaves_its_domains_serving_and_the_next_one_says_so(stack):
+    stack.create_chain()
+    rows = stack.call("list")[1:]
+    stack.launcher.kill()
+    stack.launcher.wait()
+    assert all(is_alive(row["pid"], start_time_of(row["pid"])) for row in rows)
+    again = stack.spawn_launcher()
+    assert again.wait(DEADLINE_S) == ExitCode.UNAVAILABLE
+    for row in rows:
+        assert f"{row['name']} (pid {row['pid']})" in stack.launcher_log()
+    found = find_leftovers(stack.places)
+    assert [record.name for record in found] == ["guest1", "vtpm-guest1", "vtpmmgr", "hwtpm"]
+    end_leftovers(stack.places)
+    assert stack.names("stopped") == ["guest1", "vtpm-guest1", "vtpmmgr", "hwtpm"]
+    stack.until(lambda: stack.what_is_left() == [], "everything is gone")
+    stack.start()
+    assert stack.stop() == 0
+    assert stack.what_is_left() == []
+
+
+def test_launcher_that_cannot_start_says_why(down):
+    (down.root / "etc/vtpm/launcherd.toml").write_text("colour = 3\n")
+    launcher = down.spawn_launcher()
+    assert launcher.wait(DEADLINE_S) == ExitCode.CONFIGURATION
+    assert "colour" in down.launcher_log()

@@ -1,0 +1,232 @@
+"""The fork server with real processes: what a child gets, what is reported, what survives whom."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from daemons.errors import Failure
+from daemons.launcher.fork_server import UNBORN_EXIT_STATUS, Order
+from daemons.launcher.processes import become_child_subreaper, is_alive, pss_kib_of, send_signal
+from daemons.launcher.spawner import Spawner, open_log
+from daemons.listeners import start_time_of
+
+FAKES = Path(__file__).parents[2] / "fakes"
+PROGRAMS = {
+    name: f"fake_daemons:{name}"
+    for name in ("measured", "exiting", "inspecting", "waiting", "stubborn", "breeding")
+} | {"missing": "no_such_module:main"}
+DEADLINE_S = 20
+
+
+class Room:
+    """A spawner with a log and a story to read."""
+
+    def __init__(self, directory: Path, spawner: Spawner) -> None:
+        self.spawner = spawner
+        self.log = directory / "child.log"
+        self.story_file = directory / "story"
+
+    async def spawn(self, program: str, *argv: str, title: str = "fake", oom: int = 0):
+        environment = {"FAKE_STORY": str(self.story_file)}
+        order = Order(
+            program=program, argv=argv, environment=environment, title=title, oom_score_adj=oom
+        )
+        with open_log(self.log, 1 << 20) as log:
+            return await self.spawner.spawn(order, log, log)
+
+    async def run(self, program: str, *argv: str) -> int | None:
+        child = await self.spawn(program, *argv)
+        child.release()
+        return await child.wait()
+
+    def story(self) -> list[dict]:
+        return [json.loads(line) for line in self.story_file.read_text().splitlines()]
+
+    async def until_story_has(self, lines: int) -> None:
+        await until(lambda: self.story_file.exists() and len(self.story()) >= lines)
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    """Wait for another process, which has no way to tell; each test has a deadline around it."""
+    while not is_so():  # noqa: ASYNC110 - see above
+        await trio.sleep(0.001)
+
+
+def is_there(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+@asynccontextmanager
+async def spawning(directory: Path):
+    environment = dict(os.environ, PYTHONPATH=str(FAKES))
+    spawner = Spawner(PROGRAMS, title="fork server of a test", environment=environment)
+    with trio.fail_after(DEADLINE_S):
+        async with trio.open_nursery() as nursery:
+            spawner.start()
+            nursery.start_soon(spawner.run)
+            yield Room(directory, spawner)
+            spawner.close()
+
+
+async def test_child_has_what_a_daemon_needs_and_nothing_of_its_parents(tmp_path):
+    async with spawning(tmp_path) as room:
+        child = await room.spawn("inspecting", title="vtpmd vtpm-guest1")
+        child.release()
+        assert await child.wait() == 0
+        (seen,) = room.story()
+        assert seen["sid"] == seen["pgid"] == child.pid
+        assert seen["ppid"] == room.spawner.server_pid
+        assert seen["environment"] == {"FAKE_STORY": str(room.story_file)}
+        assert seen["core"] == 0
+        assert seen["cmdline"] == "vtpmd vtpm-guest1"
+        assert seen["threads"] == 1
+        assert seen["term"]
+        assert seen["hup"]
+        assert seen["child"]
+        sockets = [place for place in seen["descriptors"] if place.startswith(("socket", "pipe"))]
+        assert sockets == []
+        assert room.log.read_text() == "standard output\n"
+
+
+async def test_two_children_draw_different_random_numbers(tmp_path):
+    async with spawning(tmp_path) as room:
+        await room.run("inspecting")
+        await room.run("inspecting")
+        first, second = room.story()
+        assert first["number"] != second["number"]
+
+
+async def test_child_does_nothing_before_it_is_released(tmp_path):
+    async with spawning(tmp_path) as room:
+        held = await room.spawn("measured")
+        assert await room.run("measured", "later") == 0
+        assert [entry["argv"] for entry in room.story()] == [["later"]]
+        held.release()
+        assert await held.wait() == 0
+        assert [entry["argv"] for entry in room.story()] == [["later"], []]
+
+
+async def test_child_whose_gate_closes_ends_unborn(tmp_path):
+    async with spawning(tmp_path) as room:
+        child = await room.spawn("measured")
+        child.close_gate()
+        assert await child.wait() == UNBORN_EXIT_STATUS
+        assert not room.story_file.exists()
+
+
+@pytest.mark.parametrize("status", [0, 1, 78])
+async def test_exit_status_is_reported(tmp_path, status):
+    async with spawning(tmp_path) as room:
+        assert await room.run("exiting", str(status)) == status
+        assert "last words" in room.log.read_text()
+
+
+async def test_killing_signal_is_reported_as_its_negative_number(tmp_path):
+    async with spawning(tmp_path) as room:
+        child = await room.spawn("stubborn")
+        child.release()
+        child.signal(signal.SIGKILL)
+        assert await child.wait() == -signal.SIGKILL
+
+
+async def test_what_a_child_leaves_in_its_group_is_killed(tmp_path):
+    async with spawning(tmp_path) as room:
+        assert await room.run("breeding") == 0
+        (seen,) = room.story()
+        await until(lambda: not is_there(seen["child"]))  # the server reaps it, as its subreaper
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"), [("missing", "no_such_module"), ("unknown", "no program 'unknown'")]
+)
+async def test_program_that_cannot_run_is_refused_with_the_reason(tmp_path, program, reason):
+    async with spawning(tmp_path) as room:
+        with pytest.raises(Failure, match=reason):
+            await room.spawn(program)
+        assert await room.run("measured") == 0  # and the next order is served
+
+
+async def test_child_survives_its_fork_server_and_its_end_is_still_seen(tmp_path):
+    become_child_subreaper()
+    async with spawning(tmp_path) as room:
+        child = await room.spawn("waiting")
+        child.release()
+        await room.until_story_has(1)
+        first = room.spawner.server_pid
+        os.kill(first, signal.SIGKILL)
+        assert await room.run("measured", "by the next server") == 0
+        assert room.spawner.server_pid != first
+        assert is_alive(child.pid, child.start_time)
+        child.signal(signal.SIGTERM)
+        assert await child.wait() == 0
+        assert room.story()[-1]["event"] == "stopped"
+
+
+async def test_fork_server_stays_until_its_last_child_has_ended(tmp_path):
+    environment = dict(os.environ, PYTHONPATH=str(FAKES))
+    spawner = Spawner(PROGRAMS, title="fork server of a test", environment=environment)
+    with trio.fail_after(DEADLINE_S):
+        async with trio.open_nursery() as nursery:
+            spawner.start()
+            nursery.start_soon(spawner.run)
+            room = Room(tmp_path, spawner)
+            child = await room.spawn("waiting")
+            child.release()
+            await room.until_story_has(1)
+            server = spawner.server_pid
+            os.kill(server, signal.SIGTERM)  # a signal meant for the launcher does not stop it
+            spawner.close()
+            assert is_alive(server, start_time_of(server))
+            child.signal(signal.SIGTERM)
+        assert await child.wait() == 0
+    assert not is_there(server)
+
+
+async def test_spawn_is_quick_and_a_child_is_small(tmp_path):
+    async with spawning(tmp_path) as room:
+        await room.run("measured")  # by now everything is imported
+        delays_ms = []
+        for _ in range(10):
+            before = time.monotonic_ns()
+            assert await room.run("measured") == 0
+            delays_ms.append((room.story()[-1]["at_ns"] - before) / 1e6)
+        child = await room.spawn("waiting")
+        child.release()
+        await room.until_story_has(12)
+        pss_kib = pss_kib_of(child.pid)
+        child.signal(signal.SIGTERM)
+        assert await child.wait() == 0
+        # A fresh interpreter with these imports takes 100 ms and 23 MB; the bounds leave room for a
+        # busy machine.
+        assert sorted(delays_ms)[5] < 30
+        assert pss_kib < 12_000
+
+
+def test_signal_does_not_reach_a_later_process_with_the_same_number():
+    assert not send_signal(os.getpid(), start_time_of(os.getpid()) + 1, signal.SIGKILL)
+    assert not is_alive(os.getpid(), start_time_of(os.getpid()) + 1)
+
+
+def test_log_that_has_grown_too_long_is_put_aside(tmp_path):
+    place = tmp_path / "a.log"
+    place.write_bytes(b"x" * 11)
+    with open_log(place, 10) as log:
+        log.write(b"new")
+    assert place.read_bytes() == b"new"
+    assert (tmp_path / "a.log.1").read_bytes() == b"x" * 11
+
+
+def test_log_that_is_a_symlink_is_refused(tmp_path):
+    (tmp_path / "a.log").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(Failure, match="cannot open the log"):
+        open_log(tmp_path / "a.log", 10)
+    assert not (tmp_path / "elsewhere").exists()
