@@ -1,6 +1,7 @@
 """Settings: defaults, files, and what is refused in them."""
 
 import dataclasses
+from dataclasses import dataclass, field
 
 import pytest
 
@@ -9,12 +10,23 @@ from daemons.guestd import GuestdSettings
 from daemons.hwtpmd import HwtpmdSettings
 from daemons.launcher.launcher_settings import LauncherSettings
 from daemons.manager.manager_settings import VtpmmgrdSettings
+from daemons.ring_server import RingSettings
 from daemons.settings import (
     SettingsError,
     load,
     parse,
 )
 from daemons.vtpmd import VtpmdSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chosen:
+    """Settings of every kind."""
+
+    log_level: str = "info"
+    rings: RingSettings = field(default_factory=RingSettings)
+    reconnect_s: float = 60.0
+
 
 ALL = [LauncherSettings, HwtpmdSettings, VtpmmgrdSettings, VtpmdSettings, GuestdSettings]
 
@@ -32,9 +44,9 @@ def test_parse_empty_file_gives_the_defaults(kind):
 @pytest.mark.parametrize("kind", ALL)
 def test_every_quantity_ends_in_its_unit(kind):
     def names(of):
-        for field in dataclasses.fields(of):
-            value = getattr(of, field.name)
-            yield from names(value) if dataclasses.is_dataclass(value) else [(field.name, value)]
+        for declared in dataclasses.fields(of):
+            value = getattr(of, declared.name)
+            yield from names(value) if dataclasses.is_dataclass(value) else [(declared.name, value)]
 
     for name, value in names(kind()):
         if not isinstance(value, str | bool):
@@ -45,11 +57,11 @@ def test_load_file_says_only_what_differs(tmp_path):
     path = tmp_path / "vtpmd.toml"
     path.write_text('log_level = "debug"\nreconnect_s = 5\n[rings]\nrings_max = 7\n')
     path.chmod(0o600)
-    settings = load(path, VtpmmgrdSettings)
+    settings = load(path, Chosen)
     assert settings.log_level == "debug"
     assert settings.reconnect_s == 5.0
     assert settings.rings.rings_max == 7
-    assert settings.rings.send_s == VtpmmgrdSettings().rings.send_s
+    assert settings.rings.send_s == Chosen().rings.send_s
 
 
 @pytest.mark.parametrize(
@@ -75,6 +87,6 @@ def test_load_file_says_only_what_differs(tmp_path):
 )
 def test_parse_file_that_is_not_understood_is_refused_with_its_place(content, why):
     with pytest.raises(SettingsError) as caught:
-        parse(content, VtpmmgrdSettings, "vtpmd.toml")
+        parse(content, Chosen, "vtpmd.toml")
     assert why in caught.value.why
     assert caught.value.exit_code is ExitCode.CONFIGURATION
