@@ -1,0 +1,130 @@
+"""Compare the stack with swtpm in one run: time of each command, memory, time to the first answer.
+
+    python -m benchmarks.compare [--ops pcrread,extend] [--seconds 0.5] [--json FILE]
+
+A scratch stack with one guest is started, and Debian's swtpm (TPM 1.2) beside it. Every operation
+runs against swtpm, against the guest's tpm0 and directly on the vTPM's ring, in slices that
+alternate, with the client and all daemons pinned to one CPU: unpinned, two identical servers differ
+by up to five times. Quote the ratios, not the microseconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from benchmarks.endpoints import Stack, Swtpm
+from benchmarks.operations import OPERATIONS, Endpoint, Measured, Operation
+from protocol.return_codes import TpmError
+
+SLICE_S = 0.05
+
+
+def measure(measured: Measured, endpoints: list[Endpoint], seconds: float) -> dict[str, float]:
+    """Microseconds by endpoint: the median, for key generation the mean; slices alternate."""
+    runs: dict[str, Operation] = {}
+    for endpoint in endpoints:
+        try:
+            runs[endpoint.label] = measured.make(endpoint)
+            if not measured.is_key_generation:
+                runs[endpoint.label]()
+        except TpmError as error:
+            print(f"{endpoint.label}: {measured.name}: {error}", file=sys.stderr)
+            runs.pop(endpoint.label, None)
+    samples: dict[str, list[int]] = {label: [] for label in runs}
+    order = list(runs)
+    end = time.perf_counter() + seconds * len(order) * (4 if measured.is_key_generation else 1)
+    while time.perf_counter() < end:
+        for label in order:
+            slice_end = time.perf_counter() + SLICE_S
+            while time.perf_counter() < slice_end:
+                samples[label].append(runs[label]())
+        order.reverse()
+    for endpoint in endpoints:
+        endpoint.rest()
+    middle = statistics.fmean if measured.is_key_generation else statistics.median
+    return {label: middle(times) / 1000 for label, times in samples.items() if times}
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder for sockets and state; short, because socket paths must be."""
+    folder = Path(tempfile.mkdtemp(prefix="vtpm-bench-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def show(rows: list[tuple[Measured, dict[str, float]]], labels: list[str]) -> None:
+    """Print the table; ratios are to the first endpoint."""
+    base, *others = labels
+    table = Table(title=f"microseconds a command, median, and ratio to {base}")
+    table.add_column("command")
+    table.add_column(base, justify="right")
+    for label in others:
+        table.add_column(label, justify="right")
+        table.add_column("ratio", justify="right")
+    for measured, found in rows:
+        cells = [measured.title, f"{found[base]:.1f}" if base in found else "-"]
+        for label in others:
+            cells.append(f"{found[label]:.1f}" if label in found else "-")
+            both = base in found and label in found
+            cells.append(f"{found[label] / found[base]:.2f}" if both else "-")
+        table.add_row(*cells)
+    Console().print(table)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ops", help="comma-separated names; all when left out")
+    parser.add_argument("--seconds", type=float, default=0.5, help="per command and endpoint")
+    parser.add_argument("--json", type=Path, help="also write the figures there")
+    parser.add_argument("--cpu", type=int, default=0, help="the CPU everything is pinned to")
+    options = parser.parse_args()
+    wanted = options.ops.split(",") if options.ops else [m.name for m in OPERATIONS]
+    chosen = [m for m in OPERATIONS if m.name in wanted]
+    if len(chosen) != len(wanted):
+        parser.error(f"there is {', '.join(m.name for m in OPERATIONS)}")
+    with scratch() as folder, ExitStack() as running:
+        stack = running.enter_context(Stack(folder))
+        endpoints = []
+        if shutil.which("swtpm"):
+            peer = running.enter_context(Swtpm(folder / "swtpm"))
+            endpoints.append(Endpoint("swtpm", peer.exchange))
+            os.sched_setaffinity(peer.pid, {options.cpu})
+        else:
+            print("swtpm is not installed (apt-get install swtpm): no ratios", file=sys.stderr)
+        endpoints.append(Endpoint("tpm0", stack.open_tpm0()))
+        endpoints.append(Endpoint("ring", stack.open_ring()))
+        stack.pin(options.cpu)
+        os.sched_setaffinity(0, {options.cpu})
+        rows = [
+            (measured, measure(measured, endpoints, options.seconds))
+            for measured in track(chosen, description="measuring", transient=True)
+        ]
+        show(rows, [endpoint.label for endpoint in endpoints])
+        facts = stack.facts()
+    for name, value in facts.items():
+        print(f"{name}: {value}")
+    if options.json:
+        figures = {measured.name: found for measured, found in rows}
+        options.json.write_text(json.dumps({"microseconds": figures, "stack": facts}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
