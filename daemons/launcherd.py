@@ -69,10 +69,12 @@ class World:
     Attributes:
         programs: Program name to `module:function`.
         firmware: Makes the platform's part for the chip.
+        warm: What the fork server calls once, as `module:function`.
     """
 
     programs: Mapping[str, str]
     firmware: FirmwareFactory
+    warm: str | None = None
 
 
 def platform_firmware(places: Places) -> Firmware:
@@ -82,7 +84,9 @@ def platform_firmware(places: Places) -> Firmware:
     return PlatformFirmware(places)
 
 
-REAL: Final = World(programs=DAEMONS, firmware=platform_firmware)
+REAL: Final = World(
+    programs=DAEMONS, firmware=platform_firmware, warm="daemons.launcher.warming:warm_up"
+)
 
 
 def main(argv: list[str] | None = None, *, world: World = REAL) -> int:
@@ -173,7 +177,7 @@ async def run_launcher(root: str | None, world: World) -> None:
         remove_remains(places)
         become_child_subreaper()
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the terminal may go, the platform stays
-        spawner = Spawner(world.programs, title=f"vtpm fork server {places.root}")
+        spawner = Spawner(world.programs, title=f"vtpm fork server {places.root}", warm=world.warm)
         spawner.start()  # it imports while we go on
         registry = RegistryWriter(places.registry)
         with _listening(places) as (control, notify):

@@ -297,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the fork server; in each forked child, run the daemon.
 
     Args:
-        argv: `--link FD [--title TEXT] name=module:function...`
+        argv: `--link FD [--title TEXT] [--warm module:function] name=module:function...`
 
     Returns:
         The exit status of the process, be it the server's or a child's.
@@ -305,6 +305,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fork_server", description="warm parent of the daemons")
     parser.add_argument("--link", type=int, required=True, metavar="FD")
     parser.add_argument("--title", default="vtpm fork server")
+    parser.add_argument("--warm", metavar="MODULE:FUNCTION", help="called once before forking")
     parser.add_argument("programs", nargs="+", metavar="NAME=MODULE:FUNCTION")
     options = parser.parse_args(argv)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -313,6 +314,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     become_child_subreaper()
     setproctitle.setproctitle(options.title)
     programs, broken = _import_programs(options.programs)
+    if options.warm is not None:
+        module_name, _, function_name = options.warm.partition(":")
+        getattr(importlib.import_module(module_name), function_name)()
     link = socket.socket(fileno=options.link)
     link.set_inheritable(False)
     gc.collect()

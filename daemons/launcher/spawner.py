@@ -139,6 +139,7 @@ class Spawner:
         programs: Program name to `module:function` of its main.
         title: Process title of the fork server.
         environment: The fork server's environment; None for the launcher's own.
+        warm: `module:function` that the fork server calls before it forks anything.
     """
 
     def __init__(
@@ -147,10 +148,12 @@ class Spawner:
         *,
         title: str,
         environment: Mapping[str, str] | None = None,
+        warm: str | None = None,
     ) -> None:
         self._command = [
             *(sys.executable, "-P", "-m", "daemons.launcher.fork_server"),
             *("--title", title),
+            *(("--warm", warm) if warm is not None else ()),
             *(f"{name}={place}" for name, place in programs.items()),
         ]
         self._environment = dict(os.environ if environment is None else environment)
