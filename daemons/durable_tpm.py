@@ -33,9 +33,10 @@ from protocol.constants import (
 from protocol.return_codes import ReturnCode
 from protocol.structures import KeyParms, RsaKeyParms
 from protocol.wire import encode
-from tpm12.crypto import OpenSslKeyGenerator
+from tpm12.crypto import RsaKeyGenerator
 from tpm12.dispatch import Command
 from tpm12.engine import Engine, Outcome
+from tpm12.ports import KeyGenerator, StirrableRng
 from tpm12.profile import Profile
 from tpm12.state import Permanent, State, factory_state
 
@@ -86,6 +87,8 @@ class DurableTpm:
         store: Where the permanent section is kept.
         profile: Maker, limits and times.
         commands: The declared commands.
+        rng: Randomness; the system's when None.
+        key_generator: Where RSA keys come from; OpenSSL, and `rng` for what it has not, when None.
 
     Raises:
         Failure: The stored state cannot be read.
@@ -97,8 +100,11 @@ class DurableTpm:
         *,
         profile: Profile,
         commands: Iterable[Command],
+        rng: StirrableRng | None = None,
+        key_generator: KeyGenerator | None = None,
     ) -> None:
         self._store = store
+        rng = rng or SystemRng()
         state = factory_state()
         permanent = store.load()
         self.is_new = permanent is None
@@ -106,9 +112,9 @@ class DurableTpm:
             state.permanent = permanent
         self._engine = Engine(
             state,
-            rng=SystemRng(),
+            rng=rng,
             clock=SystemClock(),
-            key_generator=OpenSslKeyGenerator(),
+            key_generator=key_generator or RsaKeyGenerator(rng),
             profile=profile,
             commands=commands,
         )
@@ -137,6 +143,14 @@ class DurableTpm:
             Failure: The TPM did not start.
         """
         self.power_on()
+        self.start()
+
+    def start(self) -> None:
+        """TPM_Startup(ST_CLEAR).
+
+        Raises:
+            Failure: The TPM did not start.
+        """
         response = self.execute(_STARTUP_CLEAR, 0)
         if response[6:10] != bytes(4):
             code = ReturnCode(int.from_bytes(response[6:10], "big"))

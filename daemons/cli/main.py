@@ -17,7 +17,7 @@ from typing import Annotated, Any, Final
 import typer
 from typer.core import TyperGroup
 
-from daemons.cli import demo, devices, domains, guests, image, pcrs, stack, status
+from daemons.cli import demo, devices, domains, guests, image, pcrs, simulator, stack, status
 from daemons.cli.output import report
 from daemons.errors import ExitCode, Failure
 
@@ -81,6 +81,7 @@ app.command()(guests.device)
 app.command("exec")(guests.exec_in_guest)
 app.command()(guests.shell)
 app.command("pcrs")(pcrs.show_pcrs)
+app.command()(simulator.simulator)
 app.command()(demo.demo)
 image_app.command("make")(image.image_make)
 image_app.command("show")(image.image_show)

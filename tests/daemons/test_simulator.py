@@ -1,0 +1,142 @@
+"""The engine alone on a socket: a real process, started as a user starts it."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from daemons.world import SystemRng
+from protocol.constants import CapabilityArea, StartupType
+from protocol.return_codes import ReturnCode, TpmError
+from tpm12.client import TpmClient
+
+VTPM = Path(sys.executable).with_name("vtpm")
+READY_S = 30.0
+
+
+@pytest.fixture
+def folder(tmp_path):
+    made = tmp_path / "sim"
+    made.mkdir(mode=0o700)
+    return made
+
+
+def answers(path):
+    with socket.socket(socket.AF_UNIX) as connection:
+        return connection.connect_ex(str(path)) == 0
+
+
+@contextlib.contextmanager
+def running(folder, *options):
+    path = folder / "sock"
+    command = [str(VTPM), "simulator", "--socket", str(path), *options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            end = time.monotonic() + READY_S
+            while not answers(path):
+                assert process.poll() is None, process.stderr.read()
+                assert time.monotonic() < end
+                time.sleep(0.01)
+            yield process
+        finally:
+            process.terminate()
+            process.wait(10)
+            process.stderr.close()
+
+
+@contextlib.contextmanager
+def client(folder):
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(30)
+        connection.connect(str(folder / "sock"))
+
+        def exchange(request):
+            connection.sendall(request)
+            return connection.recv(4096)
+
+        yield TpmClient(exchange, rng=SystemRng())
+
+
+def test_state_survives_sigterm_and_kill(folder):
+    with running(folder, "--state", str(folder / "st")), client(folder) as tpm:
+        endorsement_key = tpm.read_pubek()
+        tpm.take_ownership()
+        tpm.nv_define_space(0x11101, 4, 0x20002)
+        tpm.nv_write_value(0x11101, b"abcd")
+    with running(folder, "--state", str(folder / "st")) as process, client(folder) as tpm:
+        assert tpm.owner_read_internal_pub(0x40000006) == endorsement_key
+        tpm.nv_write_value(0x11101, b"efgh")
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    with running(folder, "--state", str(folder / "st")), client(folder) as tpm:
+        assert tpm.nv_read_value(0x11101, 4) == b"efgh"
+
+
+def test_clients_that_send_startup_and_clients_that_do_not(folder):
+    with running(folder, "--ephemeral", "--no-ek") as process:
+        with client(folder) as tpm:
+            tpm.startup(StartupType.CLEAR)
+            tpm.extend(10, b"x" * 20)
+        with client(folder) as tpm:
+            assert any(tpm.pcr_read(10))
+            with pytest.raises(TpmError) as caught:
+                tpm.startup(StartupType.CLEAR)
+            assert caught.value.code is ReturnCode.INVALID_POSTINIT
+        process.send_signal(signal.SIGHUP)
+        end = time.monotonic() + READY_S
+        with client(folder) as tpm:
+            while any(tpm.pcr_read(10)):
+                assert time.monotonic() < end
+
+
+def test_two_clients_at_once(folder):
+    with running(folder, "--ephemeral", "--no-ek"), client(folder) as one, client(folder) as two:
+        assert one.extend(10, bytes(20)) != two.extend(10, bytes(20))
+        assert one.pcr_read(10) == two.pcr_read(10)
+
+
+def test_no_ek_is_as_from_the_factory(folder):
+    with running(folder, "--ephemeral", "--no-ek"), client(folder) as tpm:
+        with pytest.raises(TpmError) as caught:
+            tpm.read_pubek()
+        assert caught.value.code is ReturnCode.NO_ENDORSEMENT
+        tpm.create_endorsement_key_pair()
+
+
+def test_a_seed_repeats_the_tpm_and_marks_it(folder):
+    seen = []
+    for seed in ("7", "7", "8"):
+        with running(folder, "--ephemeral", "--seed", seed), client(folder) as tpm:
+            assert b"SEED" in tpm.get_capability(CapabilityArea.VERSION_VAL)
+            seen.append((tpm.read_pubek(), tpm.get_random(20)))
+    assert seen[0] == seen[1]
+    assert seen[0] != seen[2]
+
+
+def test_damaged_state_is_refused_and_left(folder):
+    state = folder / "st"
+    with running(folder, "--state", str(state)):
+        pass
+    memory = state / "tpm.nv"
+    memory.write_bytes(b"garbage" * (memory.stat().st_size // 7 + 1))
+    before = memory.read_bytes()
+    command = [str(VTPM), "simulator", "--socket", str(folder / "s"), "--state", str(state)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 65
+    assert "no chip memory" in done.stderr
+    assert memory.read_bytes() == before
+
+
+def test_where_to_keep_it_must_be_said(folder):
+    command = [str(VTPM), "simulator", "--socket", str(folder / "s")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "NO_COLOR": "1"}
+    )
+    assert done.returncode == 2
+    assert "--ephemeral" in done.stderr
