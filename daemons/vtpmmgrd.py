@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -78,9 +78,20 @@ class ManagerBackend:
     Args:
         requests: Answers requests.
         admission: Tells who a ring's frontend is.
+        records: The records whose number people are shown.
+        on_count: Called with that number when it has changed.
     """
 
-    def __init__(self, requests: Requests, admission: Admission) -> None:
+    def __init__(
+        self,
+        requests: Requests,
+        admission: Admission,
+        records: Sized = (),
+        on_count: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        self._records = records
+        self._on_count = on_count
+        self._count = len(records)
         self._requests = requests
         self._admission = admission
         self._clients: dict[int, Client] = {}
@@ -97,7 +108,11 @@ class ManagerBackend:
     def execute(self, peer: RingPeer, request: bytes, locality: int, sequence: int) -> bytes:
         """Answer one request. Clients have no locality of the chip: the manager uses its own."""
         del locality, sequence
-        return self._requests.execute(self._clients[peer.connection_id], request)
+        response = self._requests.execute(self._clients[peer.connection_id], request)
+        if len(self._records) != self._count:
+            self._count = len(self._records)
+            self._on_count(self._count)
+        return response
 
     def detached(self, peer: RingPeer) -> None:
         """Let go of a vTPM; its UUID is free for the next connection."""
@@ -201,8 +216,10 @@ async def run(options: Options) -> None:
             link, partial(open_vault, disk, chip, setup, notifier.status, rng)
         )
         keeper = VaultKeeper(vault, partial(reopen_vault, setup.image))
-        _tell_ready(notifier, vault, sealed)
-        backend = ManagerBackend(Requests(keeper, chip, partial(_tell, notifier)), admission)
+        tell_count = partial(_tell_count, notifier, sealed)
+        tell_count(len(vault))
+        requests = Requests(keeper, chip, partial(_tell, notifier))
+        backend = ManagerBackend(requests, admission, keeper, tell_count)
         try:
             listener = inherit_or_listen(
                 InheritedSockets.from_environment(os.environ),
@@ -273,12 +290,10 @@ async def _cut_when_cancelled(link: TisLink, done: trio.Event) -> None:
             link.close()
 
 
-def _tell_ready(notifier: Notifier, vault: Vault, sealed: SealedKey) -> None:
-    text = f"{len(vault)} vTPMs known; {sealing.describe(sealed)}"
-    notifier.status(text)
-    structlog.get_logger().info(
-        "vault open", sequence=vault.sequence, vtpms=len(vault), seal=sealing.describe(sealed)
-    )
+def _tell_count(notifier: Notifier, sealed: SealedKey, count: int) -> None:
+    vtpms = "1 vTPM" if count == 1 else f"{count} vTPMs"
+    notifier.status(f"{vtpms} known; {sealing.describe(sealed)}")
+    structlog.get_logger().info("vault open", vtpms=count, seal=sealing.describe(sealed))
 
 
 def _tell(notifier: Notifier, failure: Failure) -> None:
