@@ -13,7 +13,7 @@ Invariants:
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 import structlog
@@ -44,9 +44,6 @@ from tpm12.state import Permanent, State, factory_state
 def _command(ordinal: int, operands: bytes) -> bytes:
     size = HEADER_BYTES + len(operands)
     return struct.pack(">HII", Tag.RQU_COMMAND, size, ordinal) + operands
-
-
-_STARTUP_CLEAR = _command(Ordinal.STARTUP, StartupType.CLEAR.to_bytes(2, "big"))
 
 
 _EK_PARAMETERS = KeyParms(
@@ -136,29 +133,40 @@ class DurableTpm:
         """TPM_Init."""
         self._engine.keep(self._engine.power_on())
 
-    def power_on_and_start(self) -> None:
-        """TPM_Init and TPM_Startup(ST_CLEAR), as a platform's firmware does.
+    def power_on_and_start(self, startup_type: StartupType = StartupType.CLEAR) -> None:
+        """TPM_Init and TPM_Startup, as a platform's firmware does.
 
         Raises:
             Failure: The TPM did not start.
         """
         self.power_on()
-        self.start()
+        self.start(startup_type)
 
-    def start(self) -> None:
-        """TPM_Startup(ST_CLEAR).
+    def start(self, startup_type: StartupType = StartupType.CLEAR) -> None:
+        """TPM_Startup.
 
         Raises:
             Failure: The TPM did not start.
         """
-        response = self.execute(_STARTUP_CLEAR, 0)
+        response = self.execute(_command(Ordinal.STARTUP, startup_type.to_bytes(2, "big")), 0)
         if response[6:10] != bytes(4):
             code = ReturnCode(int.from_bytes(response[6:10], "big"))
             raise Failure(
                 "the TPM did not start",
-                why=f"TPM_Startup(ST_CLEAR) answered TPM_{code.name}",
-                next_step="Look at the log for why its self-test failed.",
+                why=f"TPM_Startup(ST_{startup_type.name}) answered TPM_{code.name}",
+                next_step="ST_STATE needs what TPM_SaveState kept; for others see its self-test.",
             )
+
+    def preset_pcrs(self, values: Mapping[int, bytes]) -> None:
+        """Put values into PCRs as the builder of a machine does, before anybody else can.
+
+        Args:
+            values: 20 bytes by PCR.
+        """
+        state = self._engine.state
+        stclear = state.stclear.clone()
+        stclear.pcrs = {**stclear.pcrs, **values}
+        self._engine.state = State(state.permanent, stclear, state.stany, state.volatile)
 
     def set_physical_presence(self, *, asserted: bool) -> None:
         """The hardware pin."""

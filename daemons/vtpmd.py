@@ -32,8 +32,10 @@ from daemons.service import run_daemon
 from daemons.vtpm.backend import VtpmBackend
 from daemons.vtpm.image import VtpmImage
 from daemons.vtpm.manager_link import ManagerLink
+from daemons.xl.domain_arguments import StartupType as StartupArgument
 from daemons.xl.domain_arguments import VtpmArguments
 from daemons.xl.domain_config import DomainConfig, read_domain
+from protocol.constants import StartupType
 from tpm12.commands import ALL
 from tpm12.profile import VTPM
 
@@ -96,16 +98,17 @@ async def _run(options: Options) -> None:
         places.domain(own.vtpms[0].backend).ring_socket,
         handle=own.vtpms[0].devid,
         reconnect_s=chosen.reconnect_s,
-        may_run_twice=True,  # keys saved twice are saved once; random bytes and PCRs likewise
         on_status=notifier.status,
     )
     with ring:
         await _in_thread(partial(ring.connect, MANAGER_WAIT_S))
         manager = ManagerLink(ring.exchange)
         tpm = await _in_thread(partial(_open_tpm, places, config, own, manager, notifier))
+        await _in_thread(partial(_start, tpm, arguments, manager, is_first=True))
         backend = VtpmBackend(
             tpm,
             manager,
+            start=partial(_start, tpm, arguments, manager),
             locality_rules=arguments.locality_rules,
             has_maintenance_commands=arguments.has_maintenance_commands,
         )
@@ -140,12 +143,35 @@ def _open_tpm(
     notifier.status("opening the image")
     image = VtpmImage(PosixDisk(places.images(disk.target)), own.vtpms[0].uuid, manager)
     tpm = DurableTpm(image, profile=VTPM, commands=ALL)
-    tpm.power_on_and_start()
     if tpm.is_new:
+        tpm.power_on_and_start()
         notifier.status("making a new TPM and its endorsement key")
         tpm.make_endorsement_key()
         structlog.get_logger().info("made a new TPM", uuid=str(own.vtpms[0].uuid))
     return tpm
+
+
+_STARTUP_TYPES: Final = {
+    StartupArgument.CLEAR: StartupType.CLEAR,
+    StartupArgument.SAVE: StartupType.STATE,
+    StartupArgument.DEACTIVATED: StartupType.DEACTIVATED,
+}
+
+
+def _start(
+    tpm: DurableTpm, arguments: VtpmArguments, manager: ManagerLink, *, is_first: bool = False
+) -> None:
+    """TPM_Init and the TPM_Startup that was asked for; then the hardware's PCRs, if asked for.
+
+    Saved state is for the start of the vTPM; a guest that reboots gets cleared PCRs.
+    """
+    startup_type = _STARTUP_TYPES[arguments.startup]
+    if startup_type is StartupType.STATE and not is_first:
+        startup_type = StartupType.CLEAR
+    tpm.power_on_and_start(startup_type)
+    wanted = sorted(arguments.hardware_init_pcrs)
+    if wanted:
+        tpm.preset_pcrs({index: manager.hardware_pcr(index) for index in wanted})
 
 
 def _admit(

@@ -16,7 +16,7 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import structlog
@@ -52,6 +52,7 @@ class VtpmBackend:
     Args:
         tpm: The TPM.
         manager: Where requests for the manager go.
+        start: Powers the TPM on and starts it, as when the vTPM began.
         locality_rules: From `locality=` arguments; without any, only locality 0 may be claimed.
         has_maintenance_commands: From `maintcmds=`.
     """
@@ -61,11 +62,13 @@ class VtpmBackend:
         tpm: DurableTpm,
         manager: ManagerLink,
         *,
+        start: Callable[[], None],
         locality_rules: Sequence[LocalityRule] = (),
         has_maintenance_commands: bool = False,
     ) -> None:
         self._tpm = tpm
         self._manager = manager
+        self._start = start
         self._locality_rules = tuple(locality_rules)
         self._has_maintenance_commands = has_maintenance_commands
         self._localities: dict[int, frozenset[int]] = {}
@@ -82,7 +85,7 @@ class VtpmBackend:
         if known is not None and known != domid:
             structlog.get_logger().info("the guest was started anew: resetting its TPM", guest=name)
             try:
-                self._tpm.power_on_and_start()
+                self._start()
             except Failure as failure:
                 raise Refused(f"{failure.what}: {failure.why}") from failure
         self._domids[name] = domid

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Protocol, TypeVar
 
 from daemons.errors import ExitCode, Failure
+from daemons.ring_client import RingLost
 from protocol import manager_messages as messages
 from protocol.constants import HEADER_BYTES
 from protocol.manager_messages import ManagerOrdinal
@@ -60,17 +61,6 @@ class ManagerLink:
         except TpmError as error:
             raise _refused("keep the key of this vTPM", error) from error
 
-    def boot_hash(self) -> bytes:
-        """SHA-1 of this vTPM's program as the launcher measured it; 20 bytes.
-
-        Raises:
-            Failure: The manager refused or answered nonsense.
-        """
-        try:
-            return self._ask(ManagerOrdinal.GET_BOOT_HASH, None, messages.GetBootHashOut).kern_hash
-        except TpmError as error:
-            raise _refused("tell the measurement of this vTPM", error) from error
-
     def hardware_pcr(self, index: int) -> bytes:
         """One PCR of the hardware TPM; 20 bytes.
 
@@ -93,7 +83,13 @@ class ManagerLink:
         return self._exchange(request)
 
     def _ask(self, ordinal: ManagerOrdinal, operands: object | None, gives: type[T]) -> T:
-        response = self._exchange(messages.request(ordinal, operands))
+        request = messages.request(ordinal, operands)
+        try:
+            response = self._exchange(request)
+        except RingLost:
+            # The manager died and forgot whether it had done it. What we ask on our own account is
+            # the same done twice; what guests send through us is not, and is not sent again.
+            response = self._exchange(request)
         try:
             return messages.results(gives, response)
         except DecodeError as error:
