@@ -17,7 +17,7 @@ from typing import Annotated, Any, Final
 import typer
 from typer.core import TyperGroup
 
-from daemons.cli import demo, devices, domains, guests, image, pcrs, simulator, stack, status
+from daemons.cli import demo, devices, domains, guests, image, pcrs, simulator, stack, status, tpm
 from daemons.cli.output import report
 from daemons.errors import ExitCode, Failure
 
@@ -48,6 +48,7 @@ def _new_app(**settings: Any) -> typer.Typer:  # noqa: ANN401 - passed through
 
 app = _new_app(name=PROGRAM, cls=_Group)
 image_app = _new_app(name="image")
+tpm_app = _new_app(name="tpm")
 
 
 @app.callback()
@@ -83,6 +84,10 @@ app.command()(guests.shell)
 app.command("pcrs")(pcrs.show_pcrs)
 app.command()(simulator.simulator)
 app.command()(demo.demo)
+tpm_app.callback()(tpm.select)
+for _command in tpm.COMMANDS:
+    tpm_app.command()(_command)
+app.add_typer(tpm_app, name="tpm", help="A guest's TPM: common commands.")
 image_app.command("make")(image.image_make)
 image_app.command("show")(image.image_show)
 app.add_typer(image_app, name="image", help="Guest images: what a guest boots.")

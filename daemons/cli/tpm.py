@@ -1,0 +1,283 @@
+"""`vtpm tpm GUEST COMMAND`: the common TPM commands from the shell.
+
+GUEST is a guest of this installation, or the path of any TPM 1.2 socket (a simulator's, say).
+Secrets are `well-known` (20 zero bytes, the default), `text:WORDS` (their SHA-1) or `hash:HEX`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from daemons.cli.guests import tpm0_of
+from daemons.cli.options import Json, Root
+from daemons.cli.output import print_json, print_line
+from daemons.errors import ExitCode, Failure
+
+if TYPE_CHECKING:
+    from tpm12.client import TpmClient
+
+_FORMS: Final = "well-known, text:WORDS or hash:HEX."
+OwnerAuth = Annotated[str, typer.Option("--owner-auth", metavar="SECRET", help=_FORMS)]
+Auth = Annotated[str, typer.Option("--auth", metavar="SECRET", help=_FORMS)]
+Index = Annotated[str, typer.Argument(metavar="INDEX", help="As 0x11101 or decimal.")]
+WELL_KNOWN: Final = "well-known"
+_PUBLIC_OWNER_RIGHTS: Final = 0x00020002  # OWNERREAD and OWNERWRITE
+
+
+def select(
+    context: typer.Context,
+    guest: Annotated[str, typer.Argument(metavar="GUEST", help="A guest, or a socket's path.")],
+    root: Root = None,
+) -> None:
+    """Send a command to a guest's TPM."""
+    context.obj = (guest, root)
+
+
+def version(context: typer.Context, *, as_json: Json = False) -> None:
+    """Show maker, version and limits."""
+    from protocol.constants import CapabilityArea, CapabilityProperty  # noqa: PLC0415
+    from protocol.structures import CapVersionInfo  # noqa: PLC0415
+    from protocol.wire import decode  # noqa: PLC0415
+
+    with _tpm(context) as tpm:
+        info = decode(CapVersionInfo, tpm.get_capability(CapabilityArea.VERSION_VAL))
+        found = {
+            "vendor": info.tpm_vendor_id.decode("ascii", "replace"),
+            "version": ".".join(map(str, info.version)),
+            "spec_level": info.spec_level,
+            "errata_revision": info.errata_rev,
+            "pcrs": _number(tpm, CapabilityProperty.PCR),
+            "free_key_slots": _number(tpm, CapabilityProperty.KEYS),
+            "has_owner": bool(_number(tpm, CapabilityProperty.OWNER)),
+        }
+    _show(found, as_json=as_json)
+
+
+def selftest(context: typer.Context) -> None:
+    """Let the TPM test itself."""
+    from protocol.constants import Ordinal  # noqa: PLC0415
+
+    with _tpm(context) as tpm:
+        tpm.call(Ordinal.SELF_TEST_FULL)
+        print_line(tpm.call(Ordinal.GET_TEST_RESULT).out_data.decode("ascii", "replace").strip())
+
+
+def pcr_read(
+    context: typer.Context,
+    indices: Annotated[list[int] | None, typer.Argument(metavar="[PCR...]")] = None,
+    *,
+    as_json: Json = False,
+) -> None:
+    """Show PCR values; all of them if none is named."""
+    with _tpm(context) as tpm:
+        values = {i: tpm.pcr_read(i).hex() for i in indices or range(24)}
+    _show({str(i): value for i, value in values.items()}, as_json=as_json)
+
+
+def extend(
+    context: typer.Context,
+    pcr: int,
+    digest: Annotated[str | None, typer.Argument(metavar="[HEX]")] = None,
+    file: Annotated[Path | None, typer.Option(help="Extend with this file's SHA-1.")] = None,
+) -> None:
+    """Extend a PCR with a digest, or with that of a file."""
+    if (digest is None) == (file is None):
+        raise typer.BadParameter("give a digest of 40 hex digits, or --file")
+    measured = _hex(digest, 20) if digest is not None else _sha1_of(file)
+    with _tpm(context) as tpm:
+        print_line(tpm.extend(pcr, measured).hex())
+
+
+def random(context: typer.Context, count: Annotated[int, typer.Argument(metavar="BYTES")]) -> None:
+    """Print random bytes of the TPM in hex."""
+    with _tpm(context) as tpm:
+        print_line(tpm.get_random(count).hex())
+
+
+def takeownership(
+    context: typer.Context, owner_auth: OwnerAuth = WELL_KNOWN, srk_auth: Auth = WELL_KNOWN
+) -> None:
+    """Install an owner; --auth is the storage root key's secret."""
+    with _tpm(context) as tpm:
+        tpm.take_ownership(_secret(owner_auth), _secret(srk_auth))
+
+
+def clear(context: typer.Context, owner_auth: OwnerAuth = WELL_KNOWN) -> None:
+    """Remove the owner and everything that hangs on it."""
+    with _tpm(context) as tpm:
+        tpm.owner_clear(_secret(owner_auth))
+
+
+def seal(
+    context: typer.Context,
+    source: Annotated[Path, typer.Argument(metavar="FILE", help="At most 149 bytes.")],
+    blob: Annotated[Path, typer.Argument(metavar="BLOB", help="Where the sealed data go.")],
+    pcr: Annotated[
+        list[int] | None, typer.Option("--pcr", help="Bind to this PCR as it is now; repeatable.")
+    ] = None,
+    auth: Auth = WELL_KNOWN,
+) -> None:
+    """Seal a small file under the storage root key."""
+    from protocol.wire import encode  # noqa: PLC0415
+
+    data = _read(source)
+    with _tpm(context) as tpm:
+        release = {i: tpm.pcr_read(i) for i in pcr} if pcr else None
+        sealed = tpm.seal(data, release=release, auth=_secret(auth))
+    blob.write_bytes(encode(sealed))
+
+
+def unseal(
+    context: typer.Context,
+    blob: Annotated[Path, typer.Argument(metavar="BLOB")],
+    target: Annotated[Path, typer.Argument(metavar="FILE")],
+    auth: Auth = WELL_KNOWN,
+) -> None:
+    """Unseal what `seal` made."""
+    from protocol.structures import StoredData, StoredData12  # noqa: PLC0415
+    from protocol.wire import DecodeError, decode  # noqa: PLC0415
+
+    content = _read(blob)
+    structure: type[StoredData | StoredData12] = (
+        StoredData12 if content[:2] == b"\x00\x16" else StoredData
+    )
+    try:
+        sealed = decode(structure, content)
+    except DecodeError as error:
+        raise Failure(
+            f"cannot unseal {blob}",
+            why=f"it is no sealed data: {error}",
+            next_step="Name a file that `vtpm tpm GUEST seal` wrote.",
+            exit_code=ExitCode.DAMAGED,
+        ) from error
+    with _tpm(context) as tpm:
+        target.write_bytes(tpm.unseal(sealed, auth=_secret(auth)))
+
+
+def nv_define(
+    context: typer.Context, index: Index, size: int, owner_auth: OwnerAuth = WELL_KNOWN
+) -> None:
+    """Define an NV area that the owner reads and writes."""
+    with _tpm(context) as tpm:
+        tpm.nv_define_space(
+            _index(index), size, _PUBLIC_OWNER_RIGHTS, owner_auth=_secret(owner_auth)
+        )
+
+
+def nv_write(
+    context: typer.Context,
+    index: Index,
+    source: Annotated[Path, typer.Argument(metavar="FILE")],
+    owner_auth: OwnerAuth = WELL_KNOWN,
+) -> None:
+    """Write a file into an NV area."""
+    with _tpm(context) as tpm:
+        tpm.nv_write_value(_index(index), _read(source), owner_auth=_secret(owner_auth))
+
+
+def nv_read(
+    context: typer.Context, index: Index, size: int, owner_auth: OwnerAuth = WELL_KNOWN
+) -> None:
+    """Print an NV area in hex."""
+    with _tpm(context) as tpm:
+        print_line(tpm.nv_read_value(_index(index), size, owner_auth=_secret(owner_auth)).hex())
+
+
+COMMANDS: Final = (
+    version,
+    selftest,
+    pcr_read,
+    extend,
+    random,
+    takeownership,
+    clear,
+    seal,
+    unseal,
+    nv_define,
+    nv_write,
+    nv_read,
+)
+
+
+@contextmanager
+def _tpm(context: typer.Context) -> Iterator[TpmClient]:
+    """The chosen TPM; a refusal of it becomes a failure that names the code."""
+    from daemons.guest.tpm0_client import Tpm0Client  # noqa: PLC0415 - slow to import
+    from daemons.world import SystemRng  # noqa: PLC0415
+    from protocol.return_codes import TpmError  # noqa: PLC0415
+    from tpm12.client import TpmClient  # noqa: PLC0415
+
+    guest, root = context.obj
+    path = Path(guest) if "/" in guest else tpm0_of(guest, root)
+    with Tpm0Client(path) as connection:
+        try:
+            yield TpmClient(connection.exchange, rng=SystemRng())
+        except TpmError as error:
+            raise Failure(
+                f"the TPM of {guest} refused",
+                why=str(error),
+                next_step="Wrong secret, other PCR values, no owner yet: the code says which.",
+            ) from error
+
+
+def _secret(text: str) -> bytes:
+    kind, _, value = text.partition(":")
+    if text == WELL_KNOWN:
+        return bytes(20)
+    if kind == "text" and value:
+        return hashlib.sha1(value.encode(), usedforsecurity=False).digest()
+    if kind == "hash":
+        return _hex(value, 20)
+    raise typer.BadParameter(f"a secret is {_FORMS}")
+
+
+def _hex(text: str, size: int) -> bytes:
+    try:
+        data = bytes.fromhex(text)
+    except ValueError as error:
+        raise typer.BadParameter("not hexadecimal") from error
+    if len(data) != size:
+        raise typer.BadParameter(f"{2 * size} hex digits are needed, not {len(text)}")
+    return data
+
+
+def _index(text: str) -> int:
+    try:
+        return int(text, 0)
+    except ValueError as error:
+        raise typer.BadParameter("an NV index is a number such as 0x11101") from error
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise Failure(
+            f"cannot read {path}",
+            why=(error.strerror or str(error)).lower(),
+            next_step="Name a file that can be read.",
+            exit_code=ExitCode.NO_INPUT,
+        ) from error
+
+
+def _sha1_of(path: Path | None) -> bytes:
+    return hashlib.sha1(_read(path or Path()), usedforsecurity=False).digest()
+
+
+def _number(tpm: TpmClient, capability: int) -> int:
+    return int.from_bytes(tpm.get_property(capability), "big")
+
+
+def _show(found: dict[str, object] | dict[str, str], *, as_json: bool) -> None:
+    if as_json:
+        print_json(found)
+        return
+    width = max(len(name) for name in found)
+    for name, value in found.items():
+        print_line(f"{name.replace('_', ' '):<{width}}  {value}")
