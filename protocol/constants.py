@@ -304,6 +304,39 @@ class ProtocolId(IntEnum):
     TRANSPORT = 7
 
 
+class DelegateType(IntEnum):
+    """What a delegation is of (Part 2 §20.2)."""
+
+    OWNER_BITS = 1
+    KEY_BITS = 2
+
+
+class FamilyFlag(IntFlag):
+    """TPM_FAMILY_FLAGS (Part 2 §20.3)."""
+
+    ENABLED = 0x01
+    ADMIN_LOCK = 0x02
+
+
+class FamilyOperation(IntEnum):
+    """TPM_FAMILY_OPERATION (Part 2 §20.14)."""
+
+    CREATE = 1
+    ENABLE = 2
+    ADMIN = 3
+    INVALIDATE = 4
+
+
+class CmkDelegate(IntFlag):
+    """TPM_CMK_DELEGATE (Part 2 §5.17): usages of certified migratable keys under a delegation."""
+
+    SIGNING = 0x80000000
+    STORAGE = 0x40000000
+    BIND = 0x20000000
+    LEGACY = 0x10000000
+    MIGRATE = 0x08000000
+
+
 class AlgorithmId(IntEnum):
     """TPM_ALGORITHM_ID (Part 2 §4.8)."""
 
@@ -323,6 +356,16 @@ class StartupType(IntEnum):
     CLEAR = 1
     STATE = 2
     DEACTIVATED = 3
+
+
+class MigrateScheme(IntEnum):
+    """TPM_MIGRATE_SCHEME (Part 2 §4.10)."""
+
+    MIGRATE = 1
+    REWRAP = 2
+    MAINT = 3
+    RESTRICT_MIGRATE = 4
+    RESTRICT_APPROVE = 5
 
 
 class KeyUsage(IntEnum):
@@ -372,6 +415,14 @@ class AuthDataUsage(IntEnum):
     NEVER = 0
     ALWAYS = 1
     NO_READ_PUBKEY_AUTH = 3
+
+
+class TransportAttribute(IntFlag):
+    """TPM_TRANSPORT_ATTRIBUTES (Part 2 §13.1)."""
+
+    ENCRYPT = 0x01
+    LOG = 0x02
+    EXCLUSIVE = 0x04
 
 
 class NvAttribute(IntFlag):

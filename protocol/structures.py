@@ -1,7 +1,8 @@
 """TPM 1.2 structures that more than one command uses.
 
 Source: TPM Main r116 Part 2 (§5 basic structures, §7 flags, §8 PCR, §9 storage, §10 keys,
-§11 signed structures, §12 identities, §15 ticks, §19 NV, §21 capabilities); PC Client for widths.
+§11 signed structures, §12 identities, §13 transport, §14 audit, §15 ticks, §18 contexts,
+§19 NV, §21 capabilities, §22 DAA); PC Client for widths. Delegation has a module of its own.
 Operands of one command only are declared beside its handler.
 """
 
@@ -20,6 +21,7 @@ from protocol.constants import (
 from protocol.return_codes import ReturnCode
 from protocol.wire import (
     B4,
+    B16,
     U8,
     U16,
     U32,
@@ -425,6 +427,209 @@ class CurrentTicks:
     current_ticks: U64
     tick_rate: U16
     tick_nonce: Nonce
+
+
+# -- transport sessions and audit ----------------------------------------------------------------
+
+
+@wire
+class TransportPublic:
+    """TPM_TRANSPORT_PUBLIC (§13.1): what a transport session does, and with which cipher."""
+
+    tag: ConstU16 = StructureTag.TRANSPORT_PUBLIC
+    trans_attributes: U32
+    alg_id: U32
+    enc_scheme: U16
+
+
+@wire
+class TransportLogIn:
+    """TPM_TRANSPORT_LOG_IN (§13.3)."""
+
+    tag: ConstU16 = StructureTag.TRANSPORT_LOG_IN
+    parameters: Digest
+    pub_key_hash: Digest
+
+
+@wire
+class TransportLogOut:
+    """TPM_TRANSPORT_LOG_OUT (§13.4)."""
+
+    tag: ConstU16 = StructureTag.TRANSPORT_LOG_OUT
+    current_ticks: CurrentTicks
+    parameters: Digest
+    locality: U32
+
+
+@wire
+class TransportAuth:
+    """TPM_TRANSPORT_AUTH (§13.5): the secret of a transport session, on its way to the TPM."""
+
+    tag: ConstU16 = StructureTag.TRANSPORT_AUTH
+    auth_data: SecretAuth
+
+
+@wire
+class AuditEventIn:
+    """TPM_AUDIT_EVENT_IN (§14.1)."""
+
+    tag: ConstU16 = StructureTag.AUDIT_EVENT_IN
+    input_parms: Digest
+    audit_count: CounterValue
+
+
+@wire
+class AuditEventOut:
+    """TPM_AUDIT_EVENT_OUT (§14.2)."""
+
+    tag: ConstU16 = StructureTag.AUDIT_EVENT_OUT
+    output_parms: Digest
+    audit_count: CounterValue
+
+
+# -- migration -----------------------------------------------------------------------------------
+
+
+@wire
+class StorePrivkey:
+    """TPM_STORE_PRIVKEY (§10.7): one prime of a key."""
+
+    key: SecretSized
+
+
+@wire
+class MigrateAsymkey:
+    """TPM_MIGRATE_ASYMKEY (§10.8): a private key on its way, without its first 16 bytes."""
+
+    payload: U8
+    usage_auth: SecretAuth
+    pub_data_digest: Digest
+    part_priv_key: SecretSized
+
+
+@wire
+class MigrationKeyAuth:
+    """TPM_MIGRATIONKEYAUTH (§5.12): the owner's word for a destination and a MigrateScheme."""
+
+    migration_key: Pubkey
+    migration_scheme: U16
+    digest: Digest
+
+
+@wire
+class MsaComposite:
+    """TPM_MSA_COMPOSITE (§5.15): digests of the TPM_PUBKEYs of migration authorities."""
+
+    mig_auth_digest: Annotated[
+        tuple[bytes, ...],
+        Checked(
+            Counted(cs.Int32ub, cs.Bytes(20)),
+            bool,
+            ReturnCode.INVALID_STRUCTURE,
+            "a list of no migration authorities",
+        ),
+    ]
+
+
+@wire
+class CmkAuth:
+    """TPM_CMK_AUTH (§5.16): what a migration authority signs to approve a destination."""
+
+    migration_authority_digest: Digest
+    destination_key_digest: Digest
+    source_key_digest: Digest
+
+
+@wire
+class CmkSigticket:
+    """TPM_CMK_SIGTICKET (§5.20): a signature that this TPM has checked."""
+
+    tag: ConstU16 = StructureTag.CMK_SIGTICKET
+    ver_key_digest: Digest
+    signed_data: Digest
+
+
+@wire
+class CmkMaApproval:
+    """TPM_CMK_MA_APPROVAL (§5.21): migration authorities that the owner accepts."""
+
+    tag: ConstU16 = StructureTag.CMK_MA_APPROVAL
+    migration_authority_digest: Digest
+
+
+# -- direct anonymous attestation ----------------------------------------------------------------
+
+
+@wire
+class DaaIssuer:
+    """TPM_DAA_ISSUER (§22.3): digests of an issuer's public numbers, and the group order q."""
+
+    tag: ConstU16 = StructureTag.DAA_ISSUER
+    daa_digest_r0: Digest
+    daa_digest_r1: Digest
+    daa_digest_s0: Digest
+    daa_digest_s1: Digest
+    daa_digest_n: Digest
+    daa_digest_gamma: Digest
+    daa_generic_q: Annotated[bytes, cs.Bytes(26)]
+
+
+@wire
+class DaaTpm:
+    """TPM_DAA_TPM (§22.4): what a TPM keeps of one credential."""
+
+    tag: ConstU16 = StructureTag.DAA_TPM
+    daa_digest_issuer: Digest
+    daa_digest_v0: Digest
+    daa_digest_v1: Digest
+    daa_rekey: SecretAuth
+    daa_count: U32
+
+
+@wire
+class DaaBlob:
+    """TPM_DAA_BLOB (§22.8): a part of a credential, kept outside for the TPM that made it."""
+
+    tag: ConstU16 = StructureTag.DAA_BLOB
+    resource_type: U32
+    label: B16
+    blob_integrity: Digest
+    additional_data: Sized
+    sensitive_data: Sized
+
+
+@wire
+class DaaSensitive:
+    """TPM_DAA_SENSITIVE (§22.9)."""
+
+    tag: ConstU16 = StructureTag.DAA_SENSITIVE
+    internal_data: SecretSized
+
+
+# -- contexts ------------------------------------------------------------------------------------
+
+
+@wire
+class ContextBlob:
+    """TPM_CONTEXT_BLOB (§18.1): a key or a session, kept outside for the TPM that had it."""
+
+    tag: ConstU16 = StructureTag.CONTEXT_BLOB
+    resource_type: U32
+    handle: U32
+    label: B16
+    context_count: U32
+    integrity_digest: Digest
+    additional_data: Sized
+    sensitive_data: Sized
+
+
+@wire
+class ContextSensitive:
+    """TPM_CONTEXT_SENSITIVE (§18.2)."""
+
+    tag: ConstU16 = StructureTag.CONTEXT_SENSITIVE
+    context_nonce: Nonce
+    internal_data: SecretSized
 
 
 # -- capabilities --------------------------------------------------------------------------------

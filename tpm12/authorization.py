@@ -14,20 +14,24 @@ Invariants:
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from functools import lru_cache
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from protocol.constants import (
     AUTH_REQUEST_BYTES,
     AdipScheme,
     AuthDataUsage,
+    DelegateType,
     EntityType,
     KeyFlags,
+    KeyHandleValue,
     ProtocolId,
 )
+from protocol.delegation_structures import DelegatePublic
 from protocol.return_codes import ReturnCode, TpmError
 from protocol.structures import CounterValue
-from protocol.wire import encode
+from protocol.wire import decode, encode
+from tpm12 import delegation
 from tpm12.crypto import HmacKey, aes128_ctr, hmac_key, is_same, sha1, xor
 from tpm12.keys import LoadedKey
 from tpm12.pcrs import check_release
@@ -38,6 +42,7 @@ if TYPE_CHECKING:
     from tpm12.dispatch import AuthBy
 
 _BLOCK: Final = struct.Struct(">I20sB20s")
+_NV_NAME: Final = struct.Struct(">III")
 _TRUE: Final = b"\x01"
 _FALSE: Final = b"\x00"
 
@@ -49,11 +54,28 @@ WITH_SHARED_SECRET: Final = frozenset({OSAP, DSAP})
 """Sessions that may insert a new secret."""
 OIAP_ONLY: Final = frozenset({OIAP})
 
+_KEY: Final = int(EntityType.KEYHANDLE)
+_OWNER: Final = int(EntityType.OWNER)
+_NV: Final = int(EntityType.NV)
+_COUNTER: Final = int(EntityType.COUNTER)
+_OWNER_ITSELF: Final = int(KeyHandleValue.OWNER)
+_OWNER_BITS: Final = int(DelegateType.OWNER_BITS)
+_DELEGATE_TYPES: Final = {_KEY: int(DelegateType.KEY_BITS), _OWNER: _OWNER_BITS}
+
 
 class AuthBlock:
     """One authorization block of a request, and what became of it."""
 
-    __slots__ = ("continues", "handle", "hmac", "is_verified", "mac", "nonce_odd", "session")
+    __slots__ = (
+        "continues",
+        "delegation",
+        "handle",
+        "hmac",
+        "is_verified",
+        "mac",
+        "nonce_odd",
+        "session",
+    )
 
     def __init__(self, handle: int, nonce_odd: bytes, continues: int, mac: bytes) -> None:
         self.handle = handle
@@ -64,35 +86,40 @@ class AuthBlock:
         self.hmac: HmacKey | None = None
         """The key that proved the request; it also signs the response."""
         self.is_verified = False
+        self.delegation: DelegatePublic | None = None
+        """Whose authority was used, when it was a delegate's."""
 
 
-@dataclass(frozen=True, slots=True)
-class Entity:
-    """What a session may be bound to."""
+class Entity(NamedTuple):
+    """What a session may be bound to; `key` where it is one."""
 
     entity_type: int
     digest: bytes
+    key: LoadedKey | None = None
 
 
 def key_entity(key: LoadedKey) -> Entity:
     """A loaded key, the SRK included."""
-    return Entity(EntityType.KEYHANDLE, key.pub_data_digest)
+    return Entity(_KEY, key.pub_data_digest, key)
 
 
+@lru_cache(maxsize=8)
 def owner_entity(owner_auth: bytes) -> Entity:
     """The owner."""
-    return Entity(EntityType.OWNER, sha1(b"owner", owner_auth))
+    return Entity(_OWNER, sha1(b"owner", owner_auth))
 
 
 def nv_entity(area: NvArea) -> Entity:
-    """An NV area: its index, secret, attributes and size."""
-    return Entity(EntityType.NV, sha1(encode(area.public), area.auth_value))
+    """An NV area: its index, secret, attributes and size; neither its locks nor its bytes."""
+    public = area.public
+    named = _NV_NAME.pack(public.nv_index, public.permission.attributes, public.data_size)
+    return Entity(_NV, sha1(named, area.auth_value))
 
 
 def counter_entity(count_id: int, counter: Counter) -> Entity:
     """A monotonic counter; its value does not matter."""
     public = CounterValue(label=counter.label, counter=count_id)
-    return Entity(EntityType.COUNTER, sha1(encode(public), counter.auth_data))
+    return Entity(_COUNTER, sha1(encode(public), counter.auth_data))
 
 
 def read_blocks(data: bytes, at: int, count: int) -> list[AuthBlock]:
@@ -118,21 +145,24 @@ class Authorized:
 
     Args:
         tpm: The command's draft.
+        ordinal: Of the command; delegations permit by it.
         declared: Its declared sessions, each with the block that came for it or None.
         in_param_digest: H(ordinal, parameters without handles).
         keys: The keys that the handle operands name, by operand.
     """
 
-    __slots__ = ("_declared", "blocks", "in_param_digest", "keys", "tpm")
+    __slots__ = ("_declared", "blocks", "in_param_digest", "keys", "ordinal", "tpm")
 
     def __init__(
         self,
         tpm: Tpm,
+        ordinal: int,
         declared: list[tuple[AuthBy, AuthBlock | None]],
         in_param_digest: bytes,
         keys: dict[str, LoadedKey],
     ) -> None:
         self.tpm = tpm
+        self.ordinal = ordinal
         self._declared = declared
         self.blocks = [block for _, block in declared if block is not None]
         self.in_param_digest = in_param_digest
@@ -156,12 +186,18 @@ class Authorized:
         """The session and block that came for a declared use.
 
         Raises:
-            TpmError: AUTHFAIL when none came.
+            TpmError: AUTHFAIL when none came; INVALID_AUTHHANDLE; BAD_MODE for a kind of session
+                that is not allowed here.
         """
+        for by, block in self._declared:
+            if by.over == over and block is not None:
+                return self._find(by, block), block
+        raise TpmError(ReturnCode.AUTHFAIL, f"no session for {over}")
+
+    def delegation(self, over: str) -> DelegatePublic | None:
+        """The delegation whose authority a checked session used; None: the entity's own."""
         block = self._block(over)
-        if block is None or block.session is None:
-            raise TpmError(ReturnCode.AUTHFAIL, f"no session for {over}")
-        return block.session, block
+        return None if block is None else block.delegation
 
     def decrypt_secret(self, over: str, enc_auth: bytes, *, is_second: bool = False) -> bytes:
         """Unmask a new secret that came under a session (ADIP), which ends that session.
@@ -199,7 +235,7 @@ class Authorized:
 
         Raises:
             TpmError: AUTHFAIL, or AUTH2FAIL for the second of two declared sessions;
-                BAD_MODE for a kind of session that is not allowed here.
+                INVALID_AUTHHANDLE; BAD_MODE for a kind of session that is not allowed here.
         """
         for i, (by, block) in enumerate(self._declared):
             if by.over == over and block is not None:
@@ -208,7 +244,7 @@ class Authorized:
         raise TpmError(ReturnCode.AUTHFAIL, f"no session for {over}")
 
     def verify_owner(self, over: str = "owner") -> None:
-        """Check a session against the owner's secret.
+        """Check a session against the owner's secret, or a delegate's (TPM_SetOwnerPointer).
 
         Raises:
             TpmError: NOSRK without an owner, else as `verify`.
@@ -216,26 +252,25 @@ class Authorized:
         owner_auth = self.tpm.permanent.owner_auth
         if owner_auth is None:
             raise TpmError(ReturnCode.NOSRK)
-        self.verify(over, hmac_key(owner_auth), owner_entity(owner_auth))
+        secret = hmac_key(owner_auth)
+        row_index = self.tpm.stclear.owner_reference
+        if row_index != _OWNER_ITSELF and self.session(over)[0].protocol == OIAP:
+            secret = self._delegates_secret(over, row_index)
+        self.verify(over, secret, owner_entity(owner_auth))
 
     # -- for the dispatcher ------------------------------------------------------------------
 
     def resolve_sessions(self) -> None:
-        """Find every named session and check that it is of an allowed kind.
+        """Find the sessions that `verify_declared` will check; handlers find the others.
+
+        So a handler's own checks come first where the specification has them first.
 
         Raises:
             TpmError: INVALID_AUTHHANDLE, BAD_MODE.
         """
-        sessions = self.tpm.stany.sessions
         for by, block in self._declared:
-            if block is None:
-                continue
-            session = sessions.get(block.handle)
-            if session is None:
-                raise TpmError(ReturnCode.INVALID_AUTHHANDLE)
-            if session.protocol not in by.kinds:
-                raise TpmError(ReturnCode.BAD_MODE, "a session of another kind is needed")
-            block.session = session
+            if block is not None and (by.over in self.keys or by.over == "owner"):
+                self._find(by, block)
         if len(self.blocks) == 2 and self.blocks[0].handle == self.blocks[1].handle:
             raise TpmError(ReturnCode.INVALID_AUTHHANDLE, "one session for two authorizations")
 
@@ -259,11 +294,13 @@ class Authorized:
         """Was every session that came checked?"""
         return all(block.is_verified for block in self.blocks)
 
-    def sign_response(self, out_param_digest: bytes) -> bytes:
+    def sign_response(self, blocks: list[AuthBlock], out_param_digest: bytes) -> bytes:
         """The response's auth blocks; rolls nonces and drops sessions that do not continue."""
         sessions = dict(self.tpm.stany.sessions)
         out = []
-        for block in self.blocks:
+        for block in blocks:
+            if block.handle not in sessions:
+                block.continues = False  # the command itself ended it, with what it was bound to
             if block.hmac is None or block.session is None:
                 raise AssertionError("a response is signed before its request was checked")
             nonce_even = self.tpm.random(20)
@@ -283,6 +320,37 @@ class Authorized:
                 return block
         return None
 
+    def _find(self, by: AuthBy, block: AuthBlock) -> Session:
+        if block.session is None:
+            session = self.tpm.stany.sessions.get(block.handle)
+            if session is None:
+                raise TpmError(ReturnCode.INVALID_AUTHHANDLE)
+            if session.protocol not in by.kinds:
+                raise TpmError(ReturnCode.BAD_MODE, "a session of another kind is needed")
+            block.session = session
+        return block.session
+
+    def _delegates_secret(self, over: str, row_index: int) -> HmacKey:
+        """Let a row of the delegate table act in the owner's place (Part 3 §18.1, action 4)."""
+        for i, (by, block) in enumerate(self._declared):
+            if by.over == over and block is not None:
+                row = delegation.row_at(self.tpm, row_index)
+                delegation.check_use(self.tpm, row.public, _OWNER_BITS, self.ordinal, by.failure(i))
+                block.delegation = row.public
+                return hmac_key(row.auth_value)
+        raise AssertionError("no session to act by")
+
+    def _check_delegate(
+        self, session: Session, block: AuthBlock, entity: Entity, failure: ReturnCode
+    ) -> None:
+        """Check what a DSAP session may do here and now (Part 1 on delegation)."""
+        public = decode(DelegatePublic, session.delegation)
+        delegate_type = _DELEGATE_TYPES[entity.entity_type]
+        delegation.check_use(self.tpm, public, delegate_type, self.ordinal, failure)
+        if entity.key is not None:
+            delegation.check_key(self.tpm, entity.key)
+        block.delegation = public
+
     def _verify(
         self,
         by: AuthBy,
@@ -291,9 +359,7 @@ class Authorized:
         entity: Entity | None,
         failure: ReturnCode,
     ) -> None:
-        session = block.session
-        if session is None:
-            raise AssertionError("verify before resolve_sessions")
+        session = self._find(by, block)
         if session.protocol == OIAP:
             hmac = secret
         elif (
@@ -301,6 +367,8 @@ class Authorized:
             and session.entity_type == entity.entity_type
             and is_same(session.entity_digest, entity.digest)
         ):
+            if session.protocol == DSAP:
+                self._check_delegate(session, block, entity, failure)
             hmac = session_key(session)
         else:
             raise TpmError(failure, f"the session is not bound to {by.over}")
@@ -310,6 +378,18 @@ class Authorized:
             raise WrongHmacError(failure, f"wrong authorization for {by.over}")
         block.hmac = hmac
         block.is_verified = True
+
+
+def end_bound_sessions(tpm: Tpm, entity_type: int, entity_value: int) -> None:
+    """End the OSAP and DSAP sessions that are bound to an entity which is going away."""
+    sessions = tpm.stany.sessions
+    kept = {
+        handle: session
+        for handle, session in sessions.items()
+        if session.entity_type != entity_type or session.entity_value != entity_value
+    }
+    if len(kept) != len(sessions):
+        tpm.change_stany().sessions = kept
 
 
 class WrongHmacError(TpmError):

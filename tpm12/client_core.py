@@ -42,7 +42,7 @@ class ClientSession:
         handle: The TPM's handle.
         nonce_even: What the TPM sent last.
         nonce_odd: What the next command will send.
-        shared_secret: Of OSAP; None for OIAP.
+        shared_secret: Of OSAP and DSAP; None for OIAP.
         adip: How new secrets are masked.
         is_open: False once the TPM ended it.
     """
@@ -58,10 +58,10 @@ class ClientSession:
         """Mask a new secret for the next command under this session (ADIP).
 
         Raises:
-            ValueError: This is no OSAP session.
+            ValueError: This is an OIAP session.
         """
         if self.shared_secret is None:
-            raise ValueError("only an OSAP session can mask a new secret")
+            raise ValueError("an OIAP session cannot mask a new secret")
         nonce = self.nonce_odd if is_second else self.nonce_even
         if self.adip == AdipScheme.AES128_CTR:
             return aes128_ctr(self.shared_secret, nonce, secret)
@@ -73,7 +73,7 @@ class Use:
     """One authorization of a command: a session, and the secret that it proves.
 
     Attributes:
-        secret: The entity's authValue; not needed for an OSAP session.
+        secret: The entity's authValue; needed for an OIAP session only.
         continues: Keep the session afterwards.
     """
 
@@ -88,7 +88,7 @@ class Use:
 
 
 def osap_shared_secret(secret: bytes, nonce_even_osap: bytes, nonce_odd_osap: bytes) -> bytes:
-    """The HMAC key of an OSAP session; 20 bytes."""
+    """The HMAC key of an OSAP or DSAP session; 20 bytes."""
     return hmac_sha1(secret, nonce_even_osap + nonce_odd_osap)
 
 
@@ -117,7 +117,7 @@ class Prepared:
         if code:
             for use in self._uses:
                 use.session.is_open = code == ReturnCode.DEFEND_LOCK_RUNNING
-            raise _error(self.command, code)
+            raise refusal(self.command, code)
         if tag != Tag.RSP_COMMAND + len(self._uses):
             raise BadResponseError(f"a response with tag 0x{tag:04x}")
         end = len(response) - AUTH_RESPONSE_BYTES * len(self._uses)
@@ -172,7 +172,8 @@ def prepare(command: Command, operands: object, uses: Sequence[Use], rng: Rng) -
     return Prepared(command, header + body + blocks, uses, hmacs, rng)
 
 
-def _error(command: Command, code: int) -> TpmError:
+def refusal(command: Command, code: int) -> TpmError:
+    """The error that a return code other than SUCCESS stands for."""
     name = f"TPM_{command.name}"
     if code in set(ReturnCode):
         return TpmError(ReturnCode(code), name)

@@ -20,13 +20,17 @@ from typing import Any, Final
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
-from cryptography.hazmat.primitives.asymmetric.utils import Prehashed
+from cryptography.hazmat.primitives.asymmetric.utils import NoDigestInfo, Prehashed
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from protocol.constants import DIGEST_BYTES, OAEP_LABEL
+from tpm12.ports import Rng
+from tpm12.primes import rsa_primes
 
 OAEP_OVERHEAD_BYTES: Final = 42
 """2 * 20 + 2: what OAEP with SHA-1 takes from a modulus."""
+PKCS1_OVERHEAD_BYTES: Final = 11
+"""What PKCS#1 v1.5 padding takes from a modulus."""
 DEFAULT_EXPONENT: Final = 65537
 _BLOCK_BYTES = 64
 
@@ -96,10 +100,32 @@ def mgf1(seed: bytes, size: int) -> bytes:
     return b"".join([sha1(seed, struct.pack(">I", i)) for i in range(blocks)])[:size]
 
 
+_AES_BLOCK_BYTES: Final = 16
+_COUNTER_VALUES: Final = 1 << 32
+
+
 def aes128_ctr(key: bytes, counter_block: bytes, data: bytes) -> bytes:
-    """AES-128 in counter mode with a 128-bit big-endian counter; its own inverse."""
+    """AES-128 in the counter mode of TPM 1.2; its own inverse.
+
+    Only the last four bytes of the counter block count, unlike OpenSSL's counter of 16 bytes (TPM
+    Main r116 Part 3 §24.2); the two differ once in 2^32 times.
+    """
+    head, count = counter_block[:12], int.from_bytes(counter_block[12:16], "big")
+    before_wrap = (_COUNTER_VALUES - count) * _AES_BLOCK_BYTES
+    if len(data) > before_wrap:
+        first, rest = data[:before_wrap], data[before_wrap:]
+        return aes128_ctr(key, counter_block, first) + aes128_ctr(key, head + bytes(4), rest)
     cipher = Cipher(algorithms.AES(key[:16]), modes.CTR(counter_block[:16]))
     return cipher.encryptor().update(data)
+
+
+def aes128_ofb(key: bytes, iv: bytes, data: bytes) -> bytes:
+    """AES-128 in output feedback mode; its own inverse."""
+    # The key stream is what CBC makes of zeros; the library has given its own OFB up.
+    blocks = -(-len(data) // _AES_BLOCK_BYTES)
+    cipher = Cipher(algorithms.AES(key[:16]), modes.CBC(iv[:16]))
+    stream = cipher.encryptor().update(bytes(blocks * _AES_BLOCK_BYTES))
+    return xor(data, stream[: len(data)])
 
 
 class Sha1Thread:
@@ -158,12 +184,12 @@ class RsaPublicKey:
         Raises:
             ValueError: The plaintext is longer than the modulus allows, or the key is no RSA key.
         """
-        return self._loaded().encrypt(plaintext, padding.PKCS1v15())
+        return self._loaded().encrypt(plaintext, _PKCS1)
 
     def is_signature(self, signature: bytes, digest: bytes) -> bool:
         """Check an RSASSA-PKCS1-v1_5 signature over a SHA-1 digest."""
         try:
-            self._loaded().verify(signature, digest, padding.PKCS1v15(), _PREHASHED)
+            self._loaded().verify(signature, digest, _PKCS1, _PREHASHED)
         except (InvalidSignature, ValueError):
             return False
         return True
@@ -184,14 +210,19 @@ class RsaPrivateKey:
     def from_prime(cls, modulus: bytes, prime: bytes, exponent: int) -> RsaPrivateKey:
         """Derive the key from its modulus and one prime.
 
+        Whoever knows a storage key's public part can make a blob that it decrypts, so the numbers
+        are not to be trusted: what passes here, OpenSSL computes with, and does not refuse. That
+        the two factors are primes is not checked; with others, results are wrong, that is all.
+
         Raises:
-            ValueError: The prime does not divide the modulus, or the exponent does not fit.
+            ValueError: The prime does not divide the modulus, the modulus starts with a zero bit,
+                or the exponent does not fit.
         """
         n, p = int.from_bytes(modulus, "big"), int.from_bytes(prime, "big")
-        if p <= 1:
-            raise ValueError("no prime")
+        if n.bit_length() != 8 * len(modulus) or p <= 1:
+            raise ValueError("no modulus or no prime")
         q, rest = divmod(n, p)
-        if rest or q <= 1:
+        if rest or q <= 1 or not p & q & 1:
             raise ValueError("the prime does not divide the modulus")
         d = pow(exponent, -1, (p - 1) * (q - 1))
         numbers = rsa.RSAPrivateNumbers(
@@ -229,13 +260,13 @@ class RsaPrivateKey:
                 random bytes, so that the padding is no oracle.)
         """
         try:
-            return self._loaded().decrypt(ciphertext, padding.PKCS1v15())
+            return self._loaded().decrypt(ciphertext, _PKCS1)
         except ValueError as error:
             raise DecryptionError from error
 
     def sign_sha1(self, digest: bytes) -> bytes:
         """RSASSA-PKCS1-v1_5 over a SHA-1 digest of 20 bytes."""
-        return self._loaded().sign(digest, padding.PKCS1v15(), _PREHASHED)
+        return self._loaded().sign(digest, _PKCS1, _PREHASHED)
 
     def sign_der(self, digest_info: bytes) -> bytes:
         """PKCS#1 v1.5 type 1 around the caller's bytes as they are.
@@ -243,28 +274,24 @@ class RsaPrivateKey:
         Raises:
             ValueError: The bytes are none or more than the modulus size - 11.
         """
-        size = self.public.size
-        if not 0 < len(digest_info) <= size - 11:
+        if not 0 < len(digest_info) <= self.public.size - PKCS1_OVERHEAD_BYTES:
             raise ValueError("no size for PKCS#1 v1.5")
-        fill = b"\xff" * (size - len(digest_info) - 3)
-        return self.raw(b"\0\1" + fill + b"\0" + digest_info)
-
-    def raw(self, block: bytes) -> bytes:
-        """The bare private operation with CRT on a block of modulus size."""
-        k = self._numbers
-        message = int.from_bytes(block, "big")
-        m1, m2 = pow(message, k.dmp1, k.p), pow(message, k.dmq1, k.q)
-        return (m2 + (m1 - m2) * k.iqmp % k.p * k.q).to_bytes(self.public.size, "big")
+        return self._loaded().sign(digest_info, _PKCS1, _NO_DIGEST_INFO)
 
 
 _OAEP = padding.OAEP(
     mgf=padding.MGF1(algorithm=hashes.SHA1()), algorithm=hashes.SHA1(), label=OAEP_LABEL
 )
+_PKCS1 = padding.PKCS1v15()
 _PREHASHED = Prehashed(hashes.SHA1())
+_NO_DIGEST_INFO = NoDigestInfo()
 
 
 class OpenSslKeyGenerator:
     """Makes RSA keys with OpenSSL and its own randomness (43 ms for 2048 bits, mean)."""
+
+    BITS_MIN: Final = 1024
+    EXPONENTS: Final = frozenset({3, DEFAULT_EXPONENT})
 
     def primes(self, bits: int, exponent: int, /) -> tuple[int, int]:
         """Give two primes for a modulus of exactly `bits` bits.
@@ -274,6 +301,25 @@ class OpenSslKeyGenerator:
         """
         numbers = rsa.generate_private_key(exponent, bits).private_numbers()
         return numbers.p, numbers.q
+
+
+class RsaKeyGenerator:
+    """Makes every RSA key that TPM 1.2 knows: the usual ones with OpenSSL, the others itself.
+
+    Args:
+        rng: For the sizes and exponents that OpenSSL does not serve.
+    """
+
+    def __init__(self, rng: Rng) -> None:
+        self._rng = rng
+        self._openssl = OpenSslKeyGenerator()
+
+    def primes(self, bits: int, exponent: int, /) -> tuple[int, int]:
+        """Give two primes for a modulus of exactly `bits` bits, fit for `exponent`."""
+        openssl = self._openssl
+        if bits >= openssl.BITS_MIN and exponent in openssl.EXPONENTS:
+            return openssl.primes(bits, exponent)
+        return rsa_primes(bits, exponent, self._rng)
 
 
 def new_rsa_key(primes: tuple[int, int], exponent: int, bits: int) -> RsaPrivateKey:

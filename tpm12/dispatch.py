@@ -11,10 +11,13 @@ from dataclasses import dataclass, field
 from enum import Flag, auto
 from typing import Any, Final, TypeVar, cast
 
+from protocol.constants import HEADER_BYTES, Ordinal
 from protocol.return_codes import ReturnCode
 from protocol.wire import HANDLE, wire, wire_fields
+from tpm12.auditing import AUDITED_AT_FACTORY
 from tpm12.authorization import ANY_KIND, Authorized
 from tpm12.tpm import Tpm
+from tpm12.transport import TRANSPORT_ONLY, TransportAuthorized
 
 
 class Gate(Flag):
@@ -81,10 +84,14 @@ class Command:
         name: The specification's name, without TPM_.
         section: Where it is specified.
         takes, gives: Operand structures.
-        gates: See Gate.
+        gates: See Gate; the booleans below say the same, for the main path.
         sessions: Declared sessions, in the order of their blocks.
         handler: Does it.
         keys: Operands of `takes` that are key handles, resolved before the handler runs.
+        key_handles_at: Where a request names keys, in bytes, for the log of transport sessions.
+        params_at, results_at: Where in request and response the hashed parameters begin, in bytes.
+        is_audited_at_factory: It is audited until the owner says otherwise.
+        authorized: What the handler gets to see of the sessions.
         sessions_by_count: For each legal number of blocks, which declared session each serves.
     """
 
@@ -99,6 +106,19 @@ class Command:
     keys: tuple[tuple[str, bool], ...]
     handles_in: int
     handles_out: int
+    key_handles_at: tuple[int, ...]
+    params_at: int
+    results_at: int
+    is_audited_at_factory: bool
+    authorized: type[Authorized]
+    needs_enabled: bool
+    needs_active: bool
+    needs_owner: bool
+    runs_before_startup: bool
+    runs_before_self_test: bool
+    runs_in_failure_mode: bool
+    keeps_sha1_thread: bool
+    keeps_saved_state: bool
     sessions_by_count: dict[int, tuple[bool, ...]] = field(default_factory=dict)
 
 
@@ -131,6 +151,8 @@ def command(  # noqa: PLR0913 - a declaration has many words
         key_operands = tuple(
             (by.over, by.reads_only) for by in sessions if by.over.endswith("handle")
         )
+        handles_in, handles_out = _leading_handles(takes), _leading_handles(gives)
+        unhashed = _UNHASHED_BYTES.get(ordinal, (4 * handles_in, 4 * handles_out))
         declared = Command(
             ordinal=ordinal,
             name=name,
@@ -141,8 +163,25 @@ def command(  # noqa: PLR0913 - a declaration has many words
             sessions=sessions,
             handler=cast("Handler", handler),
             keys=key_operands,
-            handles_in=_leading_handles(takes),
-            handles_out=_leading_handles(gives),
+            handles_in=handles_in,
+            handles_out=handles_out,
+            key_handles_at=_key_handles_at(ordinal, takes),
+            params_at=HEADER_BYTES + unhashed[0],
+            results_at=HEADER_BYTES + unhashed[1],
+            is_audited_at_factory=ordinal in AUDITED_AT_FACTORY,
+            authorized=(
+                TransportAuthorized
+                if any(by.kinds is TRANSPORT_ONLY for by in sessions)
+                else Authorized
+            ),
+            needs_enabled=Gate.ENABLED in gates,
+            needs_active=Gate.ACTIVE in gates,
+            needs_owner=Gate.OWNED in gates,
+            runs_before_startup=Gate.BEFORE_STARTUP in gates,
+            runs_before_self_test=Gate.BEFORE_SELF_TEST in gates,
+            runs_in_failure_mode=Gate.IN_FAILURE_MODE in gates,
+            keeps_sha1_thread=Gate.KEEPS_SHA1_THREAD in gates,
+            keeps_saved_state=Gate.KEEPS_SAVED_STATE in gates,
             sessions_by_count=_assignments(sessions),
         )
         setattr(handler, _REGISTER, declared)
@@ -173,6 +212,35 @@ def table(commands: Iterable[Command]) -> dict[int, Command]:
             raise ValueError(f"ordinal 0x{declared.ordinal:08x} is declared twice")
         found[declared.ordinal] = declared
     return found
+
+
+_UNHASHED_BYTES: Final[dict[int, tuple[int, int]]] = {
+    # Nothing of setting up a session is hashed, logged or encrypted, but the entityValue of a
+    # TPM_DSAP without its size (Part 3 §24.2, 6 f and g).
+    Ordinal.OIAP: (0, 24),
+    Ordinal.OSAP: (26, 44),
+    Ordinal.DSAP: (30, 44),
+}
+_KEY_OPERANDS: Final = frozenset(
+    {
+        "cert_handle",
+        "eph_handle",
+        "id_handle",
+        "id_key_handle",
+        "key_handle",
+        "ma_key_handle",
+        "parent_handle",
+    }
+)
+
+
+def _key_handles_at(ordinal: int, takes: type) -> tuple[int, ...]:
+    """Offsets of key handles in a request; what only its other operands tell is not among them."""
+    if ordinal == Ordinal.EVICT_KEY:
+        return (HEADER_BYTES,)
+    names = [wire_field.name for wire_field in wire_fields(takes)]
+    leading = len(names) if ordinal == Ordinal.OWNER_READ_INTERNAL_PUB else _leading_handles(takes)
+    return tuple(HEADER_BYTES + 4 * i for i in range(leading) if names[i] in _KEY_OPERANDS)
 
 
 def _leading_handles(structure: type) -> int:

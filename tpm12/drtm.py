@@ -8,24 +8,16 @@ Source: PC Client TIS 1.2 (DRTM), TPM Main r116 Part 1 on tpmEstablished and TOS
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
-from typing import Final
 
 from protocol.constants import ZERO_DIGEST
 from protocol.return_codes import ReturnCode, TpmError
-from protocol.structures import PermanentFlags
+from tpm12 import transport
 from tpm12.crypto import Sha1Thread, sha1
+from tpm12.flags import set_flags
 from tpm12.pcrs import DRTM_PCR, DYNAMIC_PCRS
 from tpm12.tpm import Tpm
 
 BusCycle = Callable[[Tpm], None]
-_FLAG_NAMES: Final = tuple(f.name for f in fields(PermanentFlags) if f.name != "tag")
-
-
-def with_flags(flags: PermanentFlags, **changed: bool) -> PermanentFlags:
-    """The same permanent flags but for the named ones."""
-    values = {name: getattr(flags, name) for name in _FLAG_NAMES}
-    return PermanentFlags(**{**values, **changed})
 
 
 def hash_start(tpm: Tpm) -> None:
@@ -36,12 +28,11 @@ def hash_start(tpm: Tpm) -> None:
     """
     if tpm.stany.post_initialise:
         raise TpmError(ReturnCode.INVALID_POSTINIT)
-    if not tpm.permanent.flags.tpm_established:
-        permanent = tpm.change_permanent()
-        permanent.flags = with_flags(permanent.flags, tpm_established=True)
-    stany = tpm.change_stany()
-    stany.tos_present = True
-    stany.transport_exclusive = 0
+    set_flags(tpm, tpm_established=True)
+    transport.end(tpm, tpm.stany.transport_exclusive)
+    tpm.change_stany().tos_present = True
+    if tpm.permanent.saved_state is not None:
+        tpm.change_permanent().saved_state = None
     stclear = tpm.change_stclear()
     stclear.pcrs = {**stclear.pcrs, **dict.fromkeys(DYNAMIC_PCRS, ZERO_DIGEST)}
     volatile = tpm.change_volatile()

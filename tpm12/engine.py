@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import Final
 
 from protocol.constants import AUTH_REQUEST_BYTES, HEADER_BYTES, Ordinal, Tag
 from protocol.return_codes import ReturnCode, TpmError
 from protocol.wire import DecodeError, encode
-from tpm12 import drtm, self_test
+from tpm12 import auditing, drtm, self_test, transport
 from tpm12.authorization import (
     NO_SESSIONS,
     AuthBlock,
@@ -36,11 +37,12 @@ from tpm12.authorization import (
     read_blocks,
 )
 from tpm12.crypto import sha1
-from tpm12.dispatch import AuthBy, Command, Gate, Nothing, table
-from tpm12.ports import Clock, KeyGenerator, Rng
+from tpm12.dispatch import AuthBy, Command, Nothing, table
+from tpm12.ports import Clock, KeyGenerator, StirrableRng
 from tpm12.profile import Profile
 from tpm12.state import SelfTestState, StAny, State, Volatile
-from tpm12.tpm import Tpm, World
+from tpm12.tpm import Tpm, World, Wrapping
+from tpm12.transport import TransportAuthorized
 
 _HEADER: Final = struct.Struct(">HII")
 _ERROR: Final = {code: _HEADER.pack(Tag.RSP_COMMAND, HEADER_BYTES, code) for code in ReturnCode}
@@ -51,6 +53,8 @@ _TAGS: Final = {
     int(Tag.RQU_AUTH2_COMMAND): 2,
 }
 _EMPTY: Final = Nothing()
+_FATAL: Final = frozenset({ReturnCode.FAIL, ReturnCode.AUDITFAIL_SUCCESSFUL})
+"""What "cannot happen", and what was done and not audited: such a TPM trusts itself no more."""
 
 
 def error_response(code: ReturnCode) -> bytes:
@@ -89,7 +93,7 @@ class Engine:
         self,
         state: State,
         *,
-        rng: Rng,
+        rng: StirrableRng,
         clock: Clock,
         key_generator: KeyGenerator,
         profile: Profile,
@@ -102,7 +106,8 @@ class Engine:
             clock=clock,
             key_generator=key_generator,
             profile=profile,
-            ordinals=self._table.keys(),
+            commands=self._table,
+            run_wrapped=self._run_wrapped,
         )
 
     # -- one command -------------------------------------------------------------------------
@@ -128,10 +133,14 @@ class Engine:
         command = self._table.get(ordinal)
         blocks: list[AuthBlock] = []
         try:
+            if (
+                tpm.volatile.sha1_thread is not None
+                or tpm.permanent.saved_state is not None
+                or tpm.stany.transport_exclusive
+            ):
+                _end_what_commands_end(tpm, command)
             if command is None:
-                _end_what_commands_end(tpm, Gate.NONE)
                 raise TpmError(ReturnCode.BAD_ORDINAL)  # noqa: TRY301 - one way out for all codes
-            _end_what_commands_end(tpm, command.gates)
             operands, at = command.takes.__wire_decode__(request, HEADER_BYTES)  # type: ignore[attr-defined]
             _check_gates(tpm, command, tag)
             served = _sessions_served(command, tag)
@@ -140,18 +149,25 @@ class Engine:
                 raise TpmError(ReturnCode.BAD_PARAM_SIZE)  # noqa: TRY301 - one way out for all codes
             if count:
                 blocks = read_blocks(request, at, count)
-            digest_from = HEADER_BYTES + 4 * command.handles_in
-            in_digest = sha1(request[6:10] + request[digest_from:at]) if count else b""
+            audit_status = tpm.permanent.ordinal_audit_status
+            is_audited = audit_status.get(ordinal, command.is_audited_at_factory)
+            in_digest = (
+                sha1(request[6:10] + request[command.params_at : at])
+                if count or is_audited
+                else b""
+            )
             auth = _authorize(tpm, command, operands, (served, blocks), in_digest)
             results = command.handler(tpm, operands, auth)
             response = _respond(command, _EMPTY if results is None else results, auth)
+            if is_audited:
+                auditing.record(tpm, command, auth, response)
         except WrongHmacError as error:
             tpm.rollback()
             count_failure(tpm)
-            return self._ended(tpm, before, blocks, error.code)
+            return self._ended(tpm, before, command, blocks, error.code)
         except (TpmError, DecodeError) as error:
             tpm.rollback()
-            return self._ended(tpm, before, blocks, error.code)
+            return self._ended(tpm, before, command, blocks, error.code)
         return self._succeeded(tpm, before, response)
 
     def keep(self, outcome: Outcome) -> None:
@@ -162,6 +178,18 @@ class Engine:
         """Answer for a command whose change could not be made durable; the state stays."""
         del outcome
         return _ERROR[code]
+
+    def _run_wrapped(self, tpm: Tpm, request: bytes, wrapping: Wrapping) -> bytes:
+        """Run a command that came inside another one, on the other's draft."""
+        inner, profile = copy(self), self._world.profile
+        room = profile.input_buffer_bytes - wrapping.overhead_bytes
+        inner._world = replace(  # noqa: SLF001 - our own, a moment ago
+            self._world, wrapping=wrapping, profile=replace(profile, input_buffer_bytes=room)
+        )
+        inner.state = tpm.state()
+        outcome = inner.execute(request, tpm.locality)
+        tpm.adopt(outcome.state)
+        return outcome.response
 
     # -- signals of the platform -------------------------------------------------------------
 
@@ -215,16 +243,25 @@ class Engine:
     def _failed(self, before: State, code: ReturnCode) -> Outcome:
         return Outcome(_ERROR[code], before, permanent_changed=False, code=code)
 
-    def _ended(self, tpm: Tpm, before: State, blocks: list[AuthBlock], code: ReturnCode) -> Outcome:
+    def _ended(
+        self,
+        tpm: Tpm,
+        before: State,
+        command: Command | None,
+        blocks: list[AuthBlock],
+        code: ReturnCode,
+    ) -> Outcome:
         """A failed command: the sessions it named are gone, unless it was refused unread."""
         if blocks and code is not ReturnCode.DEFEND_LOCK_RUNNING:
+            if _is_on_transport(command):
+                *blocks, last = blocks
+                transport.end(tpm, last.handle)
             sessions = tpm.stany.sessions
             named = {block.handle for block in blocks}
             if not named.isdisjoint(sessions):
                 kept = {h: s for h, s in sessions.items() if h not in named}
                 tpm.change_stany().sessions = kept
-        if code is ReturnCode.FAIL:
-            # FAIL means "cannot happen": the TPM no longer trusts itself.
+        if code in _FATAL:
             tpm.change_volatile().self_test = SelfTestState.FAILURE
         return self._outcome(tpm, before, _ERROR[code], code)
 
@@ -243,18 +280,37 @@ class Engine:
         return Outcome(response, tpm.state(), permanent_changed=changed, code=code)
 
 
-def _end_what_commands_end(tpm: Tpm, gates: Gate) -> None:
-    """A SHA-1 thread and saved state do not outlive a command that is not about them."""
-    if tpm.volatile.sha1_thread is not None and not gates & Gate.KEEPS_SHA1_THREAD:
-        tpm.change_volatile().sha1_thread = None
-        tpm.settle()
-    if tpm.permanent.saved_state is not None and not gates & Gate.KEEPS_SAVED_STATE:
+def _end_what_commands_end(tpm: Tpm, command: Command | None) -> None:
+    """What does not outlive a command that is not about it, whether that command succeeds or not.
+
+    Saved state; a SHA-1 thread, also where the command comes through another transport session
+    than the thread did; an exclusive transport session.
+    """
+    ordinal = None if command is None else command.ordinal
+    keeps_saved_state = command is not None and command.keeps_saved_state
+    # Before TPM_Startup no command changes anything: who asks too early does not spoil a resume.
+    keeps_saved_state = keeps_saved_state or tpm.stany.post_initialise
+    if tpm.permanent.saved_state is not None and not keeps_saved_state:
         tpm.change_permanent().saved_state = None
-        tpm.settle()
+    volatile = tpm.volatile
+    keeps_thread = command is not None and command.keeps_sha1_thread
+    keeps_thread = keeps_thread and volatile.sha1_thread_transport == tpm.wrapped_in
+    # For TPM_ExecuteTransport it is the wrapped command that decides (Part 3 §13.1).
+    keeps_thread = keeps_thread or ordinal == Ordinal.EXECUTE_TRANSPORT
+    if volatile.sha1_thread is not None and not keeps_thread:
+        tpm.change_volatile().sha1_thread = None
+    # On which session a transport command is, is known when all of it has been read.
+    if tpm.stany.transport_exclusive and not (_is_on_transport(command) or tpm.wrapped_in):
+        transport.end(tpm, tpm.stany.transport_exclusive)
+    tpm.settle()
+
+
+def _is_on_transport(command: Command | None) -> bool:
+    """Is its last session a transport session?"""
+    return command is not None and command.authorized is TransportAuthorized
 
 
 def _check_gates(tpm: Tpm, command: Command, tag: int) -> None:
-    gates = command.gates
     if (
         tpm.stclear.failed_tries
         and tag != Tag.RQU_COMMAND
@@ -265,18 +321,19 @@ def _check_gates(tpm: Tpm, command: Command, tag: int) -> None:
     tested = tpm.volatile.self_test
     if tested != SelfTestState.FULL:
         if tested == SelfTestState.FAILURE:
-            if Gate.IN_FAILURE_MODE not in gates:
+            if not command.runs_in_failure_mode:
                 raise TpmError(ReturnCode.FAILEDSELFTEST)
-        elif Gate.BEFORE_SELF_TEST not in gates and not tpm.stany.post_initialise:
+            return  # also before TPM_Startup, which cannot succeed: a dead TPM can still say why
+        if not command.runs_before_self_test and not tpm.stany.post_initialise:
             self_test.run_full(tpm)
             tpm.settle()
-    if tpm.stany.post_initialise and Gate.BEFORE_STARTUP not in gates:
+    if tpm.stany.post_initialise and not command.runs_before_startup:
         raise TpmError(ReturnCode.INVALID_POSTINIT)
-    if tpm.permanent.flags.disable and Gate.ENABLED in gates:
+    if command.needs_enabled and tpm.permanent.flags.disable:
         raise TpmError(ReturnCode.DISABLED)
-    if tpm.stclear.deactivated and Gate.ACTIVE in gates:
+    if command.needs_active and tpm.stclear.deactivated:
         raise TpmError(ReturnCode.DEACTIVATED)
-    if tpm.permanent.owner_auth is None and Gate.OWNED in gates:
+    if command.needs_owner and tpm.permanent.owner_auth is None:
         raise TpmError(ReturnCode.NOSRK)
 
 
@@ -301,7 +358,7 @@ def _authorize(
 ) -> Authorized:
     """Resolve key handles, check the keys' own bindings, then the sessions."""
     if not command.sessions:
-        return Authorized(tpm, NO_SESSIONS, b"", {})
+        return Authorized(tpm, command.ordinal, NO_SESSIONS, in_param_digest, {})
     keys = {}
     for operand, reads_only in command.keys:
         key = tpm.key(getattr(operands, operand))
@@ -313,7 +370,7 @@ def _authorize(
         (by, next(following) if is_served else None)
         for by, is_served in zip(command.sessions, served, strict=True)
     ]
-    auth = Authorized(tpm, declared, in_param_digest, keys)
+    auth = command.authorized(tpm, command.ordinal, declared, in_param_digest, keys)
     if blocks:
         auth.resolve_sessions()
     auth.verify_declared()
@@ -329,6 +386,6 @@ def _respond(command: Command, results: object, auth: Authorized) -> bytes:
         raise AssertionError(f"TPM_{command.name} did not check every session")
     ordinal = command.ordinal.to_bytes(4, "big")
     digest = sha1(_SUCCESS_CODE + ordinal + body[4 * command.handles_out :])
-    signed = auth.sign_response(digest)
+    signed = auth.sign_response(blocks, digest)
     tag = Tag.RSP_COMMAND + len(blocks)
     return _HEADER.pack(tag, HEADER_BYTES + len(body) + len(signed), 0) + body + signed

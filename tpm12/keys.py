@@ -290,7 +290,11 @@ _SCHEMES: Final[dict[int, tuple[frozenset[int], frozenset[int]]]] = {
     KeyUsage.MIGRATE: (frozenset({_OAEP}), frozenset({SigScheme.NONE})),
 }
 _ONLY_2048: Final = frozenset({KeyUsage.STORAGE, KeyUsage.IDENTITY, KeyUsage.MIGRATE})
-_DEFAULT_EXPONENT_ONLY: Final = frozenset({KeyUsage.STORAGE, KeyUsage.IDENTITY})
+_DEFAULT_EXPONENT_ONLY: Final = _ONLY_2048
+SHA1_SIGNATURES: Final = frozenset({SigScheme.RSASSAPKCS1V15_SHA1, SigScheme.RSASSAPKCS1V15_INFO})
+"""Schemes of keys that may sign what the TPM itself says."""
+ATTESTING_USAGES: Final = frozenset({KeyUsage.SIGNING, KeyUsage.LEGACY, KeyUsage.IDENTITY})
+"""Usages of keys that may sign what the TPM itself says."""
 EXPONENTS: Final = frozenset({3, 5, 7, 17, 257, 65537})
 """Public exponents that may be asked for."""
 _KNOWN_FLAGS: Final = int(

@@ -116,6 +116,13 @@ def filled_in(tpm: Tpm, binding: PcrInfo | PcrInfoLong) -> PcrInfo | PcrInfoLong
     )
 
 
+def release_selection(binding: PcrInfo | PcrInfoLong | PcrInfoShort) -> PcrSelection:
+    """The PCRs that a blob or key is released by."""
+    if isinstance(binding, PcrInfoLong):
+        return binding.release_pcr_selection
+    return binding.pcr_selection
+
+
 def check_release(tpm: Tpm, binding: PcrInfo | PcrInfoLong | PcrInfoShort | None) -> None:
     """Check that a blob or key bound to PCRs may be used now.
 
@@ -124,10 +131,7 @@ def check_release(tpm: Tpm, binding: PcrInfo | PcrInfoLong | PcrInfoShort | None
     """
     if binding is None:
         return
-    if isinstance(binding, PcrInfoLong):
-        selection = binding.release_pcr_selection
-    else:
-        selection = binding.pcr_selection
+    selection = release_selection(binding)
     if selection.indices and composite_hash(tpm, selection) != binding.digest_at_release:
         raise TpmError(ReturnCode.WRONGPCRVAL)
     if not isinstance(binding, PcrInfo) and not binding.locality_at_release & tpm.locality_bit:

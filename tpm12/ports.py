@@ -17,6 +17,14 @@ class Rng(Protocol):
         ...
 
 
+class StirrableRng(Rng, Protocol):
+    """What an engine needs of it: TPM_StirRandom gives bytes back."""
+
+    def stir(self, data: bytes, /) -> None:
+        """Mix bytes of unknown worth into the source; it must not get worse by them."""
+        ...
+
+
 class Clock(Protocol):
     """A clock that never steps back while the machine runs."""
 

@@ -27,6 +27,8 @@ class Profile:
     transport_sessions: int = 16
     daa_sessions: int = 2
     saved_contexts: int = 128
+    context_distance: int = 0xFFFFFFFF
+    """How many counts the oldest saved session may lie behind the newest (CONTEXT_GAP)."""
     counters: int = 8
     family_rows: int = 16
     delegate_rows: int = 4

@@ -65,6 +65,10 @@ class Section:
         """A shallow copy; `@section` replaces this with straight-line code."""
         raise NotImplementedError(type(self).__name__)
 
+    def __repr__(self) -> str:
+        # Sections are full of secrets; a log line or a failed assertion must not show them.
+        return f"<{type(self).__name__}>"
+
 
 @dataclass_transform(kw_only_default=True, field_specifiers=(stored, stored_map))
 def section(cls: type[S]) -> type[S]:
@@ -73,7 +77,7 @@ def section(cls: type[S]) -> type[S]:
     Raises:
         TypeError: Two fields have one number, or a field has none.
     """
-    made = cast("Any", dataclass(slots=True, kw_only=True)(cls))
+    made = cast("Any", dataclass(slots=True, kw_only=True, repr=False)(cls))
     numbers = [f.metadata[_STORED].number if _STORED in f.metadata else None for f in fields(made)]
     if None in numbers or len(set(numbers)) != len(numbers):
         raise TypeError(f"{cls.__name__}: every field needs a number of its own")

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from protocol.constants import PCR_COUNT, ZERO_DIGEST, KeyHandleValue
-from protocol.structures import NvDataPublic, PermanentFlags
+from protocol.delegation_structures import DelegatePublic
+from protocol.structures import DaaIssuer, DaaTpm, NvDataPublic, PermanentFlags
 from protocol.wire import (
     B4,
     U8,
@@ -68,9 +69,9 @@ class FamilyRow:
 
 @wire
 class DelegateRow:
-    """TPM_DELEGATE_TABLE_ROW (Part 2 §20.10): the public part as it came, and the secret."""
+    """TPM_DELEGATE_TABLE_ROW (Part 2 §20.9): an owner delegation that lives in the TPM."""
 
-    public: Sized
+    public: DelegatePublic
     auth_value: SecretAuth
 
 
@@ -123,6 +124,29 @@ class TransportSession:
     trans_digest: Digest
 
 
+@wire
+class DaaSession:
+    """A TPM_DAA_Join or TPM_DAA_Sign in progress: TPM_DAA_CONTEXT and the rest of it (Part 2 §22).
+
+    Attributes:
+        stage: The stage that must come next.
+        digest_context: Ties the session to its credential and to its kind, join or sign.
+        scratch: The number in progress, 256 bytes; empty: none.
+        join_u0, join_u1, digest_n0: TPM_DAA_JOINDATA; zero in a sign session.
+    """
+
+    stage: U8
+    issuer_settings: DaaIssuer
+    tpm_specific: DaaTpm
+    digest_context: Digest
+    digest: Digest
+    context_seed: SecretAuth
+    scratch: SecretSized
+    join_u0: SecretSized
+    join_u1: SecretSized
+    digest_n0: Digest
+
+
 FACTORY_FLAGS: Final = PermanentFlags(
     disable=False,
     ownership=True,
@@ -164,8 +188,8 @@ class Permanent(Section):
     context_key: bytes = stored(10, bytes, default=bytes(16))
     audit_monotonic_counter: int = stored(11, int, default=0)
     counters: dict[int, Counter] = stored_map(12, Counter, default_factory=dict)
-    ordinal_audit_status: bytes | None = stored(14, bytes, default=None)
-    """Bitmap of audited ordinals; None: the factory default."""
+    ordinal_audit_status: dict[int, bool] = stored_map(14, bool, default_factory=dict)
+    """Ordinals that are audited, or not, unlike at the factory."""
     auth_dir: bytes = stored(15, bytes, default=ZERO_DIGEST)
     family_table: dict[int, FamilyRow] = stored_map(17, FamilyRow, default_factory=dict)
     delegate_table: dict[int, DelegateRow] = stored_map(18, DelegateRow, default_factory=dict)
@@ -222,6 +246,13 @@ class StAny(Section):
     transport_sessions: dict[int, TransportSession] = stored_map(
         8, TransportSession, default_factory=dict
     )
+    daa_sessions: dict[int, DaaSession] = stored_map(9, DaaSession, default_factory=dict)
+    delegation_changes: int = stored(10, int, default=0)
+    """How often delegated sessions were ended; saved ones from before are dead."""
+    resets: int = stored(11, int, default=0)
+    """How often TPM_Reset came; keys that TPM_SaveKeyContext saved before are dead."""
+    legacy_contexts: dict[int, bool] = stored_map(12, bool, default_factory=dict)
+    """Counts in `context_list` of what TPM_SaveAuthContext saved: TPM_Reset takes them."""
     post_initialise: bool = stored(32, bool, default=True)
     transport_exclusive: int = stored(34, int, default=0)
     tos_present: bool = stored(35, bool, default=False)
@@ -244,6 +275,8 @@ class Volatile(Section):
     self_test: int = stored(3, int, default=SelfTestState.LIMITED)
     hash_sequence: Sha1Thread | None = stored(4, None, default=None)
     """The locality 4 hash sequence in progress."""
+    sha1_thread_transport: int = stored(6, int, default=0)
+    """The transport session that `sha1_thread` belongs to; 0: none."""
     physical_presence_pin: bool = stored(5, bool, default=False)
 
 

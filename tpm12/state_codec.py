@@ -20,14 +20,14 @@ from protocol.return_codes import TpmError
 from protocol.wire import DecodeError, decode, encode, wire_fields
 from tpm12.keys import LoadedKey
 from tpm12.sections import Stored, stored_fields
-from tpm12.state import Permanent, StAny, StClear
+from tpm12.state import Permanent, StAny, StClear, Volatile
 
 S = TypeVar("S")
 
 VERSION: Final = 1
 _HEAD: Final = struct.Struct(">HH")
 _RECORD: Final = struct.Struct(">HII")
-_SECTION_IDS: Final[dict[type, int]] = {Permanent: 1, StClear: 2, StAny: 3}
+_SECTION_IDS: Final[dict[type, int]] = {Permanent: 1, StClear: 2, StAny: 3, Volatile: 4}
 _INT_BYTES: Final = 8
 _REMOVED: Final = 0xFFFFFFFF
 """In a delta, the size of a record that takes its entry away."""
@@ -173,6 +173,8 @@ def _from_bytes(declared: Stored, data: bytes, name: str) -> Any:  # noqa: ANN40
     codec = declared.codec
     if codec is bytes:
         return data
+    if codec is None:
+        raise StateError(f"{name} is never stored")
     if codec is int or codec is bool:
         if len(data) != _INT_BYTES:
             raise StateError(f"{name} is no number")

@@ -9,16 +9,19 @@ Leaves to others: authorization (`authorization.py`), what commands do (`command
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from protocol.constants import KeyHandleValue
 from protocol.return_codes import ReturnCode, TpmError
 from tpm12.keys import LoadedKey
-from tpm12.ports import Clock, KeyGenerator, Rng
+from tpm12.ports import Clock, KeyGenerator, StirrableRng
 from tpm12.profile import Profile
 from tpm12.state import Permanent, StAny, State, StClear, Volatile
+
+if TYPE_CHECKING:
+    from tpm12.dispatch import Command
 
 _RESERVED_HANDLES: Final = 0x40
 """Top byte of the reserved handles; free handles stay out of it."""
@@ -28,12 +31,31 @@ _RESERVED_HANDLES: Final = 0x40
 class World:
     """What an engine is given from outside, once."""
 
-    rng: Rng
+    rng: StirrableRng
     clock: Clock
     key_generator: KeyGenerator
     profile: Profile
-    ordinals: Collection[int]
-    """What the engine implements, for TPM_CAP_ORD."""
+    commands: Mapping[int, Command]
+    """What the engine implements, by ordinal."""
+    run_wrapped: Callable[[Tpm, bytes, Wrapping], bytes]
+    """Run a command that came inside another one on the other's draft; gives its response."""
+    wrapping: Wrapping | None = None
+    """How the command came; None: by itself."""
+
+    @property
+    def ordinals(self) -> Collection[int]:
+        """What the engine implements, for TPM_CAP_ORD."""
+        return self.commands.keys()
+
+
+@dataclass(frozen=True, slots=True)
+class Wrapping:
+    """The transport session around a command (Part 3 §24.2)."""
+
+    trans_handle: int
+    is_encrypted: bool
+    overhead_bytes: int
+    """What the outer request or response, whichever has more, takes from its own packet."""
 
 
 class Tpm:
@@ -105,6 +127,11 @@ class Tpm:
         """The state with the changes made."""
         return State(self.permanent, self.stclear, self.stany, self.volatile)
 
+    def adopt(self, state: State) -> None:
+        """Take over what a command made of `state()` that ran inside this one."""
+        self.permanent, self.stclear = state.permanent, state.stclear
+        self.stany, self.volatile = state.stany, state.volatile
+
     # -- what commands ask for ---------------------------------------------------------------
 
     def random(self, size: int) -> bytes:
@@ -118,6 +145,12 @@ class Tpm:
             handle = int.from_bytes(raw, "big")
             if raw[0] != _RESERVED_HANDLES and handle and all(handle not in t for t in taken):
                 return handle
+
+    @property
+    def wrapped_in(self) -> int:
+        """Handle of the transport session that the command came through; 0: none."""
+        wrapping = self.world.wrapping
+        return 0 if wrapping is None else wrapping.trans_handle
 
     @property
     def locality_bit(self) -> int:

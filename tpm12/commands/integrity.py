@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from protocol.constants import PCR_COUNT, ZERO_DIGEST, KeyUsage, Ordinal, SigScheme
 from protocol.return_codes import ReturnCode, TpmError
-from protocol.structures import PcrComposite, PcrSelection, QuoteInfo
-from protocol.wire import U32, Digest, Handle, Nonce, Sized, encode, wire
+from protocol.structures import PcrComposite, PcrInfoShort, PcrSelection, QuoteInfo, QuoteInfo2
+from protocol.wire import U32, Bool, Digest, Handle, Nonce, Sized, encode, wire
 from tpm12 import pcrs
 from tpm12.authorization import Authorized
+from tpm12.capabilities import version_info
 from tpm12.crypto import sha1
 from tpm12.dispatch import AuthBy, Gate, command
+from tpm12.keys import LoadedKey
 from tpm12.state import ALL_ONES
 from tpm12.tpm import Tpm
 
@@ -96,6 +98,7 @@ _SHA1_SCHEMES = {SigScheme.RSASSAPKCS1V15_SHA1, SigScheme.RSASSAPKCS1V15_INFO}
     section="Part 3 §16.3",
     takes=QuoteIn,
     gives=QuoteOut,
+    gates=Gate.USABLE | Gate.OWNED,
     sessions=(AuthBy("key_handle", may_drop=1),),
 )
 def quote(tpm: Tpm, cmd: QuoteIn, auth: Authorized) -> QuoteOut:
@@ -104,16 +107,70 @@ def quote(tpm: Tpm, cmd: QuoteIn, auth: Authorized) -> QuoteOut:
     Raises:
         TpmError: INAPPROPRIATE_SIG for the key's scheme, INVALID_KEYUSAGE for its usage.
     """
-    key = auth.key("key_handle")
-    if key.sig_scheme not in _SHA1_SCHEMES:
-        raise TpmError(ReturnCode.INAPPROPRIATE_SIG)
-    if key.usage not in _QUOTING:
-        raise TpmError(ReturnCode.INVALID_KEYUSAGE)
+    key = _quoting_key(auth)
     info = QuoteInfo(
         digest_value=pcrs.composite_hash(tpm, cmd.target_pcr), external_data=cmd.external_data
     )
     return QuoteOut(
         pcr_data=pcrs.composite(tpm, cmd.target_pcr), sig=key.rsa.sign_sha1(sha1(encode(info)))
+    )
+
+
+def _quoting_key(auth: Authorized) -> LoadedKey:
+    key = auth.key("key_handle")
+    if key.sig_scheme not in _SHA1_SCHEMES:
+        raise TpmError(ReturnCode.INAPPROPRIATE_SIG)
+    if key.usage not in _QUOTING:
+        raise TpmError(ReturnCode.INVALID_KEYUSAGE)
+    return key
+
+
+@wire
+class Quote2In:
+    """§16.5 incoming operands."""
+
+    key_handle: Handle
+    external_data: Nonce
+    target_pcr: PcrSelection
+    add_version: Bool
+
+
+@wire
+class Quote2Out:
+    """§16.5 outgoing operands; `version_info` is empty or a CapVersionInfo."""
+
+    pcr_data: PcrInfoShort
+    version_info: Sized
+    sig: Sized
+
+
+@command(
+    Ordinal.QUOTE2,
+    name="Quote2",
+    section="Part 3 §16.5",
+    takes=Quote2In,
+    gives=Quote2Out,
+    gates=Gate.USABLE | Gate.OWNED,
+    sessions=(AuthBy("key_handle", may_drop=1),),
+)
+def quote2(tpm: Tpm, cmd: Quote2In, auth: Authorized) -> Quote2Out:
+    """Sign PCR values, the locality of the command and, if wanted, what TPM this is.
+
+    Raises:
+        TpmError: INAPPROPRIATE_SIG for the key's scheme, INVALID_KEYUSAGE for its usage.
+    """
+    key = _quoting_key(auth)
+    pcr_data = PcrInfoShort(
+        pcr_selection=cmd.target_pcr,
+        locality_at_release=tpm.locality_bit,
+        digest_at_release=pcrs.composite_hash(tpm, cmd.target_pcr),
+    )
+    info = QuoteInfo2(external_data=cmd.external_data, info_short=pcr_data)
+    version = encode(version_info(tpm)) if cmd.add_version else b""
+    return Quote2Out(
+        pcr_data=pcr_data,
+        version_info=version,
+        sig=key.rsa.sign_sha1(sha1(encode(info), version)),
     )
 
 
