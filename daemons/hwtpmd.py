@@ -17,11 +17,12 @@ from typing import Final
 import structlog
 import trio
 
-from daemons import logs, settings
+from daemons import logs, policy, settings
 from daemons.chip_memory import ChipMemory
 from daemons.durable_tpm import DurableTpm
+from daemons.errors import ExitCode, Failure
 from daemons.listeners import Kind, PeerCredentials, listen
-from daemons.places import Places
+from daemons.places import CHIP_NAME, Places
 from daemons.registry import Registry, Role
 from daemons.sd_notify import Notifier
 from daemons.service import run_daemon
@@ -31,7 +32,6 @@ from tpm12.commands import ALL
 from tpm12.profile import CHIP
 
 PROGRAM: Final = "hwtpmd"
-DOMAIN: Final = "hwtpm"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run hwtpmd; the exit status is one of `ExitCode`."""
     parser = argparse.ArgumentParser(prog=PROGRAM, description="The emulated hardware TPM 1.2.")
     parser.add_argument("--root", type=Path, default=Path("/"), help="root of the installation")
-    parser.add_argument("--domain", default=DOMAIN, help=argparse.SUPPRESS)
+    parser.add_argument("--domain", default=CHIP_NAME, help=argparse.SUPPRESS)
     found = parser.parse_args(argv)
     return run_daemon(PROGRAM, partial(_run, Options(root=found.root)))
 
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
 async def _run(options: Options) -> None:
     places = Places(options.root)
     chosen = settings.load(places.settings(PROGRAM), HwtpmdSettings)
-    logs.configure(PROGRAM, DOMAIN, chosen.log_level)
+    logs.configure(PROGRAM, CHIP_NAME, chosen.log_level)
     notifier = Notifier.from_environment(os.environ)
     places.make_private(places.chip_memory.parent)
     memory = await trio.to_thread.run_sync(ChipMemory.open, places.chip_memory)
@@ -119,16 +119,29 @@ async def _run(options: Options) -> None:
     if tpm.is_new:
         tpm.save_as_new()
     chip = Chip(tpm, notifier.status)
-    server = TisServer(chip, _admission(Registry(places.registry)), settings=chosen.tis)
+    admit = admission(Registry(places.registry), policy.load(places.policy))
+    server = TisServer(chip, admit, settings=chosen.tis)
     listener = listen(places.tis_socket, Kind.SEQPACKET)
     await serve_tis(listener, server)
 
 
-def _admission(registry: Registry) -> Callable[[PeerCredentials], TisPeer]:
-    """Pages by the registry's word: the platform has all, a domain what iomem= grants."""
+def admission(registry: Registry, rules: policy.Policy) -> Callable[[PeerCredentials], TisPeer]:
+    """Decide by the policy who comes in, and by the registry which pages he then has.
+
+    The platform has all pages, a domain what iomem= grants. The function that is returned raises
+    UnknownPeer and NotAllowed, Failures that say why not.
+    """
 
     def admit(credentials: PeerCredentials) -> TisPeer:
-        domain = registry.lookup(credentials)
+        domain, own = registry.lookup(credentials), registry.get(CHIP_NAME)
+        if own is None:
+            raise Failure(
+                "the hardware TPM lets nobody in",
+                why="the registry no longer has it, so its label is not known",
+                next_step="Start the platform again: vtpm down, vtpm up",
+                exit_code=ExitCode.UNAVAILABLE,
+            )
+        rules.check_labels(domain, own)
         is_platform = domain.role is Role.DOMAIN0
         localities = range(LOCALITY_MAX + 1) if is_platform else domain.localities
         return TisPeer(name=domain.name, localities=frozenset(localities), is_platform=is_platform)

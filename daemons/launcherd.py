@@ -7,13 +7,13 @@ returns when the control socket answers. SIGTERM and SIGINT stop everything in o
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -38,7 +38,7 @@ from daemons.launcher.spawner import Spawner, open_log
 from daemons.launcher.stack import Stack
 from daemons.launcher.supervisor import Changes
 from daemons.launcher_client import LauncherClient, StackNotUp
-from daemons.listeners import Kind, Listener, listen, start_time_of
+from daemons.listeners import AlreadyRunning, Kind, Listener, listen, start_time_of
 from daemons.places import DOMAIN0_NAME, Places
 from daemons.policy import load as load_policy
 from daemons.registry import DomainRecord, RegistryWriter, Role
@@ -49,6 +49,8 @@ from daemons.settings import load as load_settings
 PROGRAM: Final = "launcherd"
 LOG_NAME: Final = "launcher.log"
 BACKGROUND_START_S: Final = 20.0
+ANOTHER_START_S: Final = 8.0
+"""For a launcher that somebody else has just started; it answers when its fork server is ready."""
 _POLL_S: Final = 0.01
 
 DAEMONS: Final[Mapping[str, str]] = {
@@ -128,18 +130,18 @@ def start_in_background(places: Places) -> None:
             stderr=log_file,
             start_new_session=True,
         )
-    deadline = time.monotonic() + BACKGROUND_START_S
+    begun = time.monotonic()
     while not _answers(places):
-        status = process.poll()
-        if status is not None:
+        status, passed_s = process.poll(), time.monotonic() - begun
+        if status is not None and not (passed_s < ANOTHER_START_S and _another_starts(places)):
             words = read_last_words(log_path, since_byte)
             raise Failure(
                 words.what or "cannot start the launcher",
                 why=words.why or f"it ended with status {status}",
-                next_step=words.next_step or f"Look at {log_path}",
+                next_step="; ".join(filter(None, (words.next_step, f"its log is {log_path}"))),
                 exit_code=ExitCode(status) if status in set(ExitCode) else ExitCode.FAILED,
             )
-        if time.monotonic() > deadline:
+        if passed_s > BACKGROUND_START_S:
             raise Failure(
                 "cannot start the launcher",
                 why=f"process {process.pid} has not answered within {BACKGROUND_START_S:g} s",
@@ -148,6 +150,15 @@ def start_in_background(places: Places) -> None:
             )
         time.sleep(_POLL_S)  # another process gets ready; it has no other way to tell us
     process.returncode = 0  # it stays; nobody waits for it here
+
+
+def _another_starts(places: Places) -> bool:
+    """Tell whether another launcher of this root lives; it answers when it is ready."""
+    try:
+        launcher_lock(places).close()
+    except AlreadyRunning:
+        return True
+    return False
 
 
 def _answers(places: Places) -> bool:
@@ -180,21 +191,12 @@ async def run_launcher(root: str | None, world: World) -> None:
         spawner = Spawner(world.programs, title=f"vtpm fork server {places.root}", warm=world.warm)
         spawner.start()  # it imports while we go on
         registry = RegistryWriter(places.registry)
-        with _listening(places) as (control, notify):
+        with listen_for_notifications(places.notify_socket) as notify:
             registry.put(_own_record(load_policy(places.policy).default_label(Role.DOMAIN0)))
             try:
-                await _Launcher(places, settings, spawner, registry, world).run(control, notify)
+                await _Launcher(places, settings, spawner, registry, world).run(notify)
             finally:
                 remove_remains(places)
-
-
-@contextlib.contextmanager
-def _listening(places: Places) -> Iterator[tuple[Listener, Listener]]:
-    with (
-        listen_for_notifications(places.notify_socket) as notify,
-        listen(places.launcher_socket, Kind.STREAM) as control,
-    ):
-        yield control, notify
 
 
 def _own_record(label: str) -> DomainRecord:
@@ -228,9 +230,13 @@ class _Launcher:
         self._world = world
         self._ended = trio.Event()
 
-    async def run(self, control: Listener, notify: Listener) -> None:
-        """Serve until everything is stopped."""
-        with trio.open_signal_receiver(*STOP_SIGNALS) as signals:
+    async def run(self, notify: Listener) -> None:
+        """Serve until everything is stopped.
+
+        Who finds the control socket finds a launcher that can start daemons: it is there only when
+        the fork server is ready.
+        """
+        with trio.open_signal_receiver(*STOP_SIGNALS) as signals, ExitStack() as listening:
             async with trio.open_nursery() as nursery:
                 stack = self._stack(nursery)
                 chip = Chip(stack, self._world.firmware(self._places))
@@ -243,6 +249,8 @@ class _Launcher:
                 await nursery.start(
                     hear_notifications, notify, partial(_pass_notification, stack, chip)
                 )
+                await self._spawner.ready()
+                control = listening.enter_context(listen(self._places.launcher_socket, Kind.STREAM))
                 await nursery.start(server.serve, control)
                 notifier = Notifier.from_environment(os.environ)
                 notifier.ready(f"serving {self._places.root}")

@@ -217,6 +217,7 @@ def _not_allowed(frontend: DomainRecord, backend: DomainRecord, why: str) -> Not
     return NotAllowed(
         f"{frontend.name} ({frontend.label}) may not use {backend.name} ({backend.label})",
         why=why,
-        next_step="Look at seclabel= and vtpm= in both config files, and at etc/vtpm/policy.toml",
+        next_step="Look at seclabel=, vtpm= and iomem= in the config files, and at"
+        " etc/vtpm/policy.toml",
         exit_code=ExitCode.NO_PERMISSION,
     )

@@ -34,7 +34,7 @@ from daemons.vtpm.image import VtpmImage
 from daemons.vtpm.manager_link import ManagerLink
 from daemons.xl.domain_arguments import StartupType as StartupArgument
 from daemons.xl.domain_arguments import VtpmArguments
-from daemons.xl.domain_config import DomainConfig, read_domain
+from daemons.xl.domain_config import STATE_DISK, DomainConfig, read_domain
 from protocol.constants import StartupType
 from tpm12.commands import ALL
 from tpm12.profile import VTPM
@@ -132,12 +132,12 @@ def _open_tpm(
     notifier: Notifier,
 ) -> DurableTpm:
     """Open the image and start the TPM in it, or make a new one."""
-    disk = config.disk("hda")
-    if disk is None or disk.target is None:
+    disk = config.disk(STATE_DISK)
+    if disk is None or not disk.target or not disk.is_writable:
         raise Failure(
             f"{own.name} cannot start",
-            why="its config file has no disk hda",
-            next_step='Add disk=["file:/images/NAME.img,hda,w"].',
+            why=f"its config file has no writable disk {STATE_DISK}",
+            next_step=f'Add disk=["file:/images/NAME.img,{STATE_DISK},w"].',
             exit_code=ExitCode.CONFIGURATION,
         )
     notifier.status("opening the image")

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from daemons.cli.options import Root
@@ -34,8 +34,13 @@ def demo(root: Root = None) -> None:
         story = Story(scratch)
         try:
             story.tell()
-        finally:
-            story.clean_up()
+        except BaseException:
+            with suppress(Failure):  # what went wrong first is what has to be told
+                story.clean_up()
+            if root is None:
+                story.say("The scratch root goes, with its logs; one given with --root stays.")
+            raise
+        story.clean_up()
     story.check_nothing_is_left(is_kept=root is not None)
     story.say(f"\n[bold green]All of it was seen[/] in {time.monotonic() - started:.1f} s.")
 

@@ -8,7 +8,14 @@ from typing import Annotated
 import typer
 
 from daemons.cli.options import Domain, Domains, Json, Root, ask
-from daemons.cli.output import print_json, print_line, print_rows, progress
+from daemons.cli.output import (
+    print_json,
+    print_line,
+    print_rows,
+    progress,
+    state_and_reason,
+    warn,
+)
 from daemons.errors import ExitCode, Failure
 
 CONFIG_BYTES_MAX = 64 * 1024
@@ -57,7 +64,7 @@ def create(
     """
     text = "\n".join([read_config(config), *(settings or [])])
     with progress(f"creating {config.name}") as step:
-        ask(
+        created = ask(
             root,
             "create",
             step,
@@ -65,6 +72,7 @@ def create(
             path=str(config.resolve()),
             paused=paused,
         )
+    warn(created)
 
 
 def destroy(domain: Domain, root: Root = None) -> None:
@@ -107,7 +115,8 @@ def list_domains(
 ) -> None:
     """List domains.
 
-    Columns: name, domid, memory in MiB, state, pid, restarts, label.
+    Columns: name, domid, memory in MiB, state, pid, restarts, label. The reason of a state, if
+    there is one, stands below the row.
     """
     found = ask(root, "list")
     if domains:
@@ -119,11 +128,12 @@ def list_domains(
         _LIST_HEADER,
         [
             [
-                row.get(key)
+                state_and_reason(row)[0] if key == "state" else row.get(key)
                 for key in ("name", "domid", "memory", "state", "pid", "restarts", "label")
             ]
             for row in found
         ],
+        [state_and_reason(row)[1] for row in found],
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import typer
 
 from daemons.cli.domains import read_config
 from daemons.cli.options import Root, ask, places_of
-from daemons.cli.output import progress
+from daemons.cli.output import print_line, progress, warn
 from daemons.errors import ExitCode, Failure
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 LAUNCHER_END_S: Final = 10.0
 """After it has answered that everything is stopped, for its own end."""
+
+_LOOK_AGAIN_S: Final = 0.05
 
 Step = Callable[[str], None]
 
@@ -45,27 +48,37 @@ def up(
     The launcher and the hardware TPM are started and the platform is powered on first.
 
     Domains are created in the order in which they need each other, whatever order the files are
-    named in; those that run already are left alone.
+    named in; those that are there already are left alone, those that have failed are created again.
     """
     files = in_start_order([read_domain_file(path) for path in configs or []])
     with progress("starting") as step:
         start_launcher(places_of(root), step)
         ask(root, "power_on", step)
-        present = {row["name"] for row in ask(root, "list")}
+        rows = ask(root, "list")
+        there = {row["name"] for row in rows if not row["state"].startswith("failed")}
+        created: list[object] = []
         for file in files:
-            if file.name not in present:
+            if file.name not in there:
                 step(f"creating {file.name}")
-                create_domain(file, root, step)
+                created.append(create_domain(file, root, step))
+    for row in created:
+        warn(row)
 
 
 def down(root: Root = None) -> None:
     """Stop everything in order, nothing lost."""
-    stop_launcher(places_of(root), root)
+    places = places_of(root)
+    if not stop_launcher(places, root):
+        print_line(f"nothing runs under {places.root}")
 
 
-def create_domain(file: DomainFile, root: str | None, step: Step) -> None:
-    """Create one domain and wait until it is ready."""
-    ask(
+def create_domain(file: DomainFile, root: str | None, step: Step) -> object:
+    """Create one domain and wait until it is ready.
+
+    Returns:
+        The launcher's row of it.
+    """
+    return ask(
         root,
         "create",
         lambda text: step(f"{file.name}: {text}"),
@@ -151,22 +164,22 @@ def launcher_pid(places: Places) -> int | None:
         return peer_credentials(connection).pid
 
 
-def stop_launcher(places: Places, root: str | None) -> None:
+def stop_launcher(places: Places, root: str | None) -> bool:
     """Stop the stack and wait until the launcher's process has ended.
+
+    Returns:
+        False when nothing ran.
 
     Raises:
         Failure: It has not ended in time.
     """
-    pid = launcher_pid(places)
+    pid, has_ended_leftovers = _launcher_or_leftovers(places)
     if pid is None:
-        from daemons.launcher.leftovers import end_leftovers  # noqa: PLC0415 - `--help` needs it not
-
-        end_leftovers(places)  # of a launcher that was killed
-        return
+        return has_ended_leftovers
     try:
         process = os.pidfd_open(pid)
     except ProcessLookupError:
-        return
+        return True
     try:
         with progress("stopping") as step:
             ask(root, "stop", step)
@@ -182,3 +195,30 @@ def stop_launcher(places: Places, root: str | None) -> None:
             next_step=f"look at {places.log_dir / 'launcher.log'}",
             exit_code=ExitCode.FAILED,
         )
+    return True
+
+
+def _launcher_or_leftovers(places: Places) -> tuple[int | None, bool]:
+    """Give the launcher's pid; or, without one, end what a killed launcher has left.
+
+    Returns:
+        Its pid or None, and whether anything was left.
+
+    Raises:
+        AlreadyRunning: There is one that neither answers nor ends.
+    """
+    # `--help` needs neither
+    from daemons.launcher.leftovers import end_leftovers  # noqa: PLC0415
+    from daemons.listeners import AlreadyRunning  # noqa: PLC0415
+
+    deadline = time.monotonic() + LAUNCHER_END_S
+    while True:
+        pid = launcher_pid(places)
+        if pid is not None:
+            return pid, False
+        try:
+            return None, bool(end_leftovers(places))
+        except AlreadyRunning:  # it does not listen yet, or no longer
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_LOOK_AGAIN_S)

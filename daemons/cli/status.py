@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Final
 
 from daemons.cli.options import Json, Root, ask
-from daemons.cli.output import plain, print_json
+from daemons.cli.output import plain, print_json, state_and_reason
 
 if TYPE_CHECKING:
     from rich.tree import Tree
@@ -68,7 +68,7 @@ def _told(row: Row) -> str:
     """One process in one line of markup, with what it says about itself below."""
     from rich.markup import escape  # noqa: PLC0415
 
-    word, _, reason = str(row["state"]).partition(": ")
+    word, reason = state_and_reason(row)
     colour = _COLOURS.get(word, "red")
     parts = [
         f"[bold]{escape(plain(row['name']))}[/]",
@@ -81,6 +81,9 @@ def _told(row: Row) -> str:
         parts.append(f"[yellow]restarts {row['restarts']}[/]")
     if row.get("pss_kib"):
         parts.append(f"[dim]{row['pss_kib'] / 1024:.1f} MiB[/]")
-    said = [reason, row.get("status"), row.get("last_reason") and f"last end: {row['last_reason']}"]
+    last_end = str(row.get("last_reason") or "")
+    if last_end in reason:
+        last_end = ""  # told already
+    said = [reason, row.get("status"), last_end and f"last end: {last_end}"]
     lines = [f"[dim]{escape(plain(text))}[/]" for text in dict.fromkeys(said) if text]
     return "\n".join(["  ".join(parts), *lines])

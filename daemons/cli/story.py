@@ -43,7 +43,7 @@ from tpm12.client import TpmClient
 
 Blob = StoredData | StoredData12
 
-EXAMPLES: Final = Path(__file__).resolve().parents[2] / "examples" / "trusted-dom0"
+EXAMPLES: Final = Path(__file__).resolve().parent / "trusted-dom0"
 GUESTS: Final = ("guest1", "guest2")
 IMAGE_BYTES: Final = 2 * 1024 * 1024
 DISK_KEY_BYTES: Final = 32

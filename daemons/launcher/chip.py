@@ -99,6 +99,11 @@ class Chip:
         return self.supervisor.state is State.RUNNING and self._boot_done == self.supervisor.starts
 
     @property
+    def power_cycle(self) -> int:
+        """Number of the chip's power-ons: its volatile state does not outlive its process."""
+        return self.supervisor.starts
+
+    @property
     def is_off(self) -> bool:
         """Nobody has switched it on yet."""
         return self.supervisor.state is State.CREATED
@@ -120,6 +125,18 @@ class Chip:
     def pid(self) -> int | None:
         """Its process, while there is one."""
         return self.supervisor.process.pid if self.supervisor.process is not None else None
+
+    def record(self, pid: int | None, start_time: int | None) -> DomainRecord:
+        """Make its record for the registry."""
+        return DomainRecord(
+            name=CHIP_NAME,
+            domid=CHIP_DOMID,
+            role=Role.HWTPM,
+            label=self._stack.policy.default_label(Role.HWTPM),
+            uid=os.geteuid(),
+            pid=pid,
+            start_time=start_time,
+        )
 
     async def power_on(self, progress: Callable[[str], Awaitable[None]]) -> None:
         """Power the chip on, unless it is, and wait until the firmware has played through.
@@ -192,17 +209,7 @@ class Chip:
         argv = ("--root", str(self._stack.places.root), "--domain", CHIP_NAME)
 
         def register(pid: int, start_time: int) -> None:
-            self._stack.registry.put(
-                DomainRecord(
-                    name=CHIP_NAME,
-                    domid=CHIP_DOMID,
-                    role=Role.HWTPM,
-                    label=self._stack.policy.default_label(Role.HWTPM),
-                    uid=os.geteuid(),
-                    pid=pid,
-                    start_time=start_time,
-                )
-            )
+            self._stack.registry.put(self.record(pid, start_time))
 
         start = Start(name=CHIP_NAME, role=Role.HWTPM, argv=argv, register=register)
         with trio.CancelScope(shield=True):  # bounded by the spawner's own deadline

@@ -10,6 +10,10 @@ with any history it likes. Hence the rules:
 | a vTPM | its guests are stopped, and boot again after it | its vTPM NAME was started anew |
 | a guest | a vTPM that an earlier guest has used is started anew | reset for the start of NAME |
 
+A process that is started again finds the journal of the one before it, which may have been killed:
+the manager learns from it which handles of the chip are its own. It is taken away when nothing in
+it can be true any more: after the platform lost its power, and for a vTPM that is reset.
+
 This module is the only place that knows them. A vTPM or chip that resumes from a journal needs the
 first two no longer.
 """
@@ -51,8 +55,19 @@ def is_fresh_for(guest: Domain, vtpm: Domain) -> bool:
         return False
     if not vtpm.served:
         return True
+    forget_journal(vtpm)
     vtpm.supervisor.restart(f"reset for the start of {guest.name}")
     return False
+
+
+def forget_journal(domain: Domain) -> None:
+    """Let the next process of a domain find nothing of the one before it."""
+    domain.power_cycle = None
+
+
+def keeps_journal(domain: Domain, power_cycle: int) -> bool:
+    """Tell whether the next process of a domain goes on where the one before it has ended."""
+    return domain.power_cycle == power_cycle
 
 
 async def _restart(stack: Stack, domains: Iterable[Domain], reason: str) -> None:

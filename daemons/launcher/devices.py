@@ -15,13 +15,13 @@ from daemons.launcher.domain import Domain
 from daemons.launcher.domains import Domains, Progress
 from daemons.launcher.launching import check_disks
 from daemons.launcher.stack import Stack
-from daemons.launcher.supervisor import State
+from daemons.launcher.supervisor import RESTING, State
 from daemons.registry import VTPMS_MAX, VtpmDevice
 from daemons.xl.domain_config import disk_from_argument
 
 UNKNOWN = -1
 """What xl prints for what nobody has published."""
-_CHANGEABLE = {State.CREATED, State.WAITING, State.FAILED, State.BACKOFF}
+_CHANGEABLE = RESTING | {State.WAITING, State.BACKOFF}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +52,15 @@ class Devices:
 
         Raises:
             Failure: It runs, has the device already, or the backend cannot serve it; or the uuid is
-                none.
+                none, or another vTPM's.
         """
         found = self._changeable(domain, "attach a vTPM to")
         if len(found.devices) >= VTPMS_MAX:
             raise _refused(f"attach a vTPM to {found.name}", f"it has {VTPMS_MAX} already")
         name = self._domains.backend_for(found, backend)
-        device = found.attach(name, _uuid(uuid) if uuid is not None else None)
+        wanted = _uuid(uuid) if uuid is not None else None
+        self._domains.refuse_twin(found, name, wanted)
+        device = found.attach(name, wanted)
         self._changed(found)
         return self._vtpm_row(found, device)
 
@@ -122,7 +124,8 @@ class Devices:
             raise _refused(
                 f"{what} {domain.name}",
                 f"it is {domain.shown_state}, and domains look for their devices when they start",
-                f"Change its config file, then: vtpm destroy {domain.name}, and create it again",
+                f"vtpm destroy {domain.name}; vtpm create -p its config file; attach or detach;"
+                f" vtpm unpause {domain.name}. Or change the file, destroy and create",
             )
         return domain
 

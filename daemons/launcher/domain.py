@@ -35,6 +35,7 @@ _SHOWN_STATES: Final[Mapping[State, str]] = {
     State.STOPPING: "shutdown",
     State.BACKOFF: "restarting",
     State.FAILED: "failed",
+    State.PRESERVED: "shutdown",
     State.ENDED: "shutdown",
 }
 
@@ -58,6 +59,8 @@ class Domain:
         external: Pid and start time of a process that is this guest and was not started here.
         is_leaving: It was told to end for good.
         has_started: A process of it was started under its present domid.
+        power_cycle: That of the platform in which its last process was started; None when its next
+            one has nothing to go on with.
     """
 
     config: DomainConfig
@@ -73,6 +76,7 @@ class Domain:
     external: tuple[int, int] | None = None
     is_leaving: bool = False
     has_started: bool = False
+    power_cycle: int | None = None
     _supervisor: Supervisor | None = field(default=None)
     _random_devids: set[int] = field(default_factory=set)
 

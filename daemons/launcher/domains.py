@@ -10,12 +10,14 @@ import os
 import shutil
 from collections.abc import Awaitable, Callable
 from functools import partial
+from uuid import UUID
 
 import structlog
 import trio
 
 from daemons.errors import ExitCode, Failure
 from daemons.launcher.chip import Chip
+from daemons.launcher.consequences import forget_journal
 from daemons.launcher.domain import STOP_ORDER, Domain
 from daemons.launcher.launching import (
     BACKEND_ROLES,
@@ -25,11 +27,12 @@ from daemons.launcher.launching import (
 )
 from daemons.launcher.processes import is_alive
 from daemons.launcher.stack import DOMAINS_MAX, Stack
-from daemons.launcher.supervisor import State, Supervisor
+from daemons.launcher.supervisor import RESTING, State, Supervisor
 from daemons.listeners import start_time_of
 from daemons.places import DOMAIN0_NAME, Places
+from daemons.policy import NotAllowed
 from daemons.registry import Role
-from daemons.xl.domain_config import DomainConfig, parse_domain
+from daemons.xl.domain_config import Action, DomainConfig, parse_domain
 
 Progress = Callable[[str], Awaitable[None]]
 
@@ -78,6 +81,7 @@ class Domains:
             partial(launch_domain, self._stack, self._chip, domain),
             self._stack.settings.supervisor,
             self._stack.changes,
+            config.on_crash,
         )
         domain.supervisor = supervisor
         self._stack.domains[config.name] = domain
@@ -86,7 +90,7 @@ class Domains:
         self._stack.registry.put(domain.record(None, None))
         self._stack.changes.announce()
         if not paused:
-            self._stack.nursery.start_soon(supervisor.run)
+            self._stack.nursery.start_soon(self._live, domain)
             await self._until_ready(progress, domain)
         return domain
 
@@ -146,10 +150,29 @@ class Domains:
                 f"the platform has its manager: {managers[0].name}",
                 f"To replace it: vtpm destroy {managers[0].name}",
             )
+        self._check_pages(domain)
         for spec in config.vtpms:
             backend = self.backend_for(domain, spec.backend)
+            self.refuse_twin(domain, backend, spec.uuid)
             domain.attach(backend, spec.uuid)
         return domain
+
+    def _check_pages(self, domain: Domain) -> None:
+        """Refuse what the chip would refuse anyway: pages for a label that may not use them."""
+        if not domain.config.localities:
+            return
+        try:
+            self._stack.policy.check_labels(
+                domain.record(None, None), self._chip.record(None, None)
+            )
+        except NotAllowed as refusal:
+            raise Failure(
+                f"cannot create {domain.name} with iomem=: {refusal.what}",
+                why=refusal.why,
+                next_step="Take iomem= out of its config file; or give it a seclabel= that may use"
+                " the hardware TPM, or allow its type in etc/vtpm/policy.toml",
+                exit_code=refusal.exit_code,
+            ) from refusal
 
     def backend_for(self, domain: Domain, backend: str) -> str:
         """Check that a backend can serve a domain, and give its name.
@@ -199,6 +222,24 @@ class Domains:
                 )
         return found.name
 
+    def refuse_twin(self, domain: Domain, backend: str, uuid: UUID | None) -> None:
+        """Refuse a second domain that is the same vTPM to its manager: only one may live.
+
+        Raises:
+            Failure: There is one; it is named.
+        """
+        if domain.role is not Role.VTPM or uuid is None:
+            return
+        for other in self._stack.users_of(backend):
+            if other is not domain and any(device.uuid == uuid for device in other.devices):
+                raise _cannot(
+                    f"connect {domain.name} to backend {backend}",
+                    f"{other.name} is the vTPM with uuid {uuid}, and a vTPM lives once",
+                    "Give each its own uuid (uuidgen makes one), or first:"
+                    f" vtpm destroy {other.name}",
+                    ExitCode.UNAVAILABLE,
+                )
+
     async def _make_room(self, name: str) -> None:
         """Let a new domain take the place of one that has failed, and of no other."""
         if self._is_stopping:
@@ -226,7 +267,8 @@ class Domains:
         patience_until = trio.current_time() + stack.settings.backend_wait_s
         told = ""
         while supervisor.state not in {State.RUNNING, State.PAUSED}:
-            if supervisor.state is State.FAILED and supervisor.failure is not None:
+            has_ended = supervisor.state in {State.FAILED, State.ENDED}
+            if has_ended and supervisor.failure is not None:
                 raise supervisor.failure
             if domain.is_leaving or supervisor.state is State.ENDED:
                 why = "it was ended while it started"
@@ -252,10 +294,14 @@ class Domains:
     # -- the other operations --------------------------------------------------------------------
 
     async def shutdown(self, progress: Progress, domain: str) -> None:
-        """Ask a domain to end, wait for it, and remove what it leaves."""
+        """Ask a domain to end, wait for it, and do what its on_poweroff says.
+
+        As a rule, and if it has ended before, nothing of it is left.
+        """
         found = self._stack.find(domain)
-        await progress(f"stopping {found.name}")
-        await self._end(found, drain_s=self._stack.settings.supervisor.drain_s)
+        is_resting = found.external is not None or found.supervisor.state in RESTING
+        action = Action.DESTROY if is_resting else found.config.on_poweroff
+        await self._after_its_end(progress, found, action, "shutdown")
 
     async def destroy(self, progress: Progress, domain: str) -> None:
         """End a domain at once, and remove what it leaves."""
@@ -264,13 +310,38 @@ class Domains:
         await self._end(found, drain_s=self._stack.settings.destroy_drain_s)
 
     async def reboot(self, progress: Progress, domain: str) -> Domain:
-        """Stop a domain and start it again, also a failed one; a guest's vTPM is reset with it."""
+        """Stop a domain, and do what its on_reboot says: as a rule, start it again.
+
+        A guest's vTPM is reset with it. One that has ended before is started in any case.
+        """
         found = self._supervised(domain)
         if found.supervisor.state is State.CREATED:
             raise _cannot(f"reboot {found.name}", "it is paused and has not been started")
+        action = found.config.on_reboot if found.has_process else Action.RESTART
+        await self._after_its_end(progress, found, action, "reboot")
+        return found
+
+    async def _after_its_end(
+        self, progress: Progress, found: Domain, action: Action, asked: str
+    ) -> None:
+        """End a domain's process in order, and then destroy, preserve or start the domain."""
+        drain_s = self._stack.settings.supervisor.drain_s
+        if action is Action.DESTROY:
+            await progress(f"stopping {found.name}")
+            await self._end(found, drain_s=drain_s)
+        elif action is Action.PRESERVE:
+            await progress(f"stopping {found.name}, which is kept")
+            found.supervisor.preserve(drain_s=drain_s)
+            await found.supervisor.settled()
+        else:
+            await progress(f"rebooting {found.name}")
+            await self._start_again(progress, found, f"{asked} was asked for")
+
+    async def _start_again(self, progress: Progress, found: Domain, reason: str) -> None:
         starts = found.supervisor.starts
-        found.supervisor.restart("reboot was asked for")
-        await progress(f"rebooting {found.name}")
+        if found.role is not Role.MANAGER:  # what the chip holds for a manager, it still holds
+            forget_journal(found)
+        found.supervisor.restart(reason)
         await self._stack.until(
             lambda: (
                 found.supervisor.starts > starts
@@ -280,7 +351,6 @@ class Domains:
             )
         )
         await self._until_ready(progress, found)
-        return found
 
     async def pause(self, _progress: Progress, domain: str) -> None:
         """Stop a domain where it stands."""
@@ -299,7 +369,7 @@ class Domains:
             if found.role is Role.MANAGER:
                 await self._chip.power_on(progress)
             if supervisor.state is State.CREATED:
-                self._stack.nursery.start_soon(supervisor.run)
+                self._stack.nursery.start_soon(self._live, found)
                 await self._stack.until(lambda: supervisor.state is not State.CREATED)
             await self._until_ready(progress, found)
         elif not supervisor.unpause() and supervisor.state is not State.RUNNING:
@@ -337,6 +407,13 @@ class Domains:
                 supervisor.stop(drain_s=drain_s)
                 await self._stack.until(lambda: supervisor.state is State.ENDED)
         self._forget(domain)
+
+    async def _live(self, domain: Domain) -> None:
+        """Let a domain's process live; on_crash=destroy ends the domain with it."""
+        await domain.supervisor.run()
+        if not domain.is_leaving:
+            domain.is_leaving = True
+            self._forget(domain)
 
     def _forget(self, domain: Domain) -> None:
         if self._stack.domains.get(domain.name) is domain:

@@ -4,6 +4,9 @@ A fresh interpreter that imports trio, cryptography and construct takes 100-135 
 its own; a child forked from a parent that has imported everything and frozen its heap is there in a
 few milliseconds and shares nearly all of it.
 
+Until it is ready, its standard error is a file of the launcher's, so that the reason of a failed
+start can be told; then it becomes what `--stderr` names.
+
 The launcher starts this module as a program of its own (so that it never has threads, whatever the
 launcher does, and can be started again) with one end of a SOCK_SEQPACKET pair. Each packet is one
 JSON object:
@@ -297,13 +300,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the fork server; in each forked child, run the daemon.
 
     Args:
-        argv: `--link FD [--title TEXT] [--warm module:function] name=module:function...`
+        argv: `--link FD [--stderr FD] [--title TEXT] [--warm module:function]
+            name=module:function...`
 
     Returns:
         The exit status of the process, be it the server's or a child's.
     """
     parser = argparse.ArgumentParser(prog="fork_server", description="warm parent of the daemons")
     parser.add_argument("--link", type=int, required=True, metavar="FD")
+    parser.add_argument("--stderr", type=int, metavar="FD", help="standard error, once ready")
     parser.add_argument("--title", default="vtpm fork server")
     parser.add_argument("--warm", metavar="MODULE:FUNCTION", help="called once before forking")
     parser.add_argument("programs", nargs="+", metavar="NAME=MODULE:FUNCTION")
@@ -317,6 +322,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.warm is not None:
         module_name, _, function_name = options.warm.partition(":")
         getattr(importlib.import_module(module_name), function_name)()
+    if options.stderr is not None:
+        os.dup2(options.stderr, 2)
+        os.close(options.stderr)
     link = socket.socket(fileno=options.link)
     link.set_inheritable(False)
     gc.collect()

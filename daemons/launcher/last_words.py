@@ -1,8 +1,9 @@
-"""Why a daemon ended, in its own words: the last failure line of its log.
+"""Why a daemon ended, in its own words: the last error of its log, and nothing else of it.
 
 `service.run_daemon` writes a `Failure` as one line, `TIME error PROGRAM[DOMAIN] WHAT why="..."
-next_step="..."`. What ended otherwise (a usage error, a traceback) has at least a last line. Pure
-but for `read_last_words`.
+next_step="..."`, and a bug as an error line with its traceback below. Python itself writes a bare
+traceback or "Fatal Python error: ...", argparse "PROGRAM: error: ...". Any other line, however late
+it was written, tells what the daemon did and not why it ended. Pure but for `read_last_words`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,13 @@ _FAILURE_LINE: Final = re.compile(
     + _VALUE.format("next_step")
     + r"( exit_code=\d+)?$"
 )
-_EVERYDAY_LINE: Final = re.compile(r"^\S+ (?:debug|info|warning) ")
+_LOG_LINE: Final = re.compile(
+    r"^\S+ (?P<level>debug|info|warning|error|critical)\s+\S+ (?P<text>.*)$"
+)
+_PLAIN_ERROR: Final = re.compile(r"^(?:Fatal Python error: |\S+: error: )")
+_TRACEBACK: Final = "Traceback (most recent call last)"
+_HAS_WORDS: Final = re.compile(r"[A-Za-z]")
+"""A traceback of an exception group ends with a line that is only drawn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,18 +46,36 @@ class LastWords:
 
 
 def parse_last_words(tail: str) -> LastWords:
-    """Find the last failure line, or else the last line that is not of the everyday log."""
-    lines = [line.rstrip() for line in tail.splitlines() if line.strip()]
-    for line in reversed(lines):
-        found = _FAILURE_LINE.match(line)
-        if found is not None:
-            return LastWords(
-                what=_cut(found["what"]),
-                why=_cut(_value(found, "why")),
-                next_step=_cut(_value(found, "next_step")),
-            )
-    others = [line.strip() for line in lines if not _EVERYDAY_LINE.match(line)]
-    return LastWords(why=_cut(others[-1]) if others else "")
+    """Find the last error in the end of a log: a failure line, an error line, or a traceback."""
+    found = LastWords()
+    in_traceback = is_bare = False
+    for line in tail.splitlines():
+        logged = _LOG_LINE.match(line)
+        if logged is not None:
+            in_traceback, is_bare = logged["level"] in {"error", "critical"}, False
+            if in_traceback:
+                found = _error_words(line, logged["text"])
+            continue
+        is_indented = line.startswith(" ")  # in our log all of it, else all but its last line
+        if _TRACEBACK in line:
+            in_traceback, is_bare = True, not is_indented
+        elif _PLAIN_ERROR.match(line):
+            found = LastWords(why=_cut(line.strip()))
+        elif in_traceback and (is_indented or is_bare) and _HAS_WORDS.search(line):
+            found = LastWords(why=_cut(line.strip(" |")))
+            in_traceback = is_indented
+    return found
+
+
+def _error_words(line: str, text: str) -> LastWords:
+    failure = _FAILURE_LINE.match(line.rstrip())
+    if failure is None:
+        return LastWords(why=_cut(text.strip()))
+    return LastWords(
+        what=_cut(failure["what"]),
+        why=_cut(_value(failure, "why")),
+        next_step=_cut(_value(failure, "next_step")),
+    )
 
 
 def read_last_words(log: Path, since_byte: int) -> LastWords:

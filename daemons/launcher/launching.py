@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Container
 from pathlib import Path
 
 import trio
 
 from daemons.errors import ExitCode, Failure
 from daemons.launcher.chip import Chip
-from daemons.launcher.consequences import before_vtpm_starts, is_fresh_for
+from daemons.launcher.consequences import before_vtpm_starts, is_fresh_for, keeps_journal
 from daemons.launcher.domain import Domain
 from daemons.launcher.process_start import Start, start_process
 from daemons.launcher.stack import Stack
-from daemons.launcher.supervisor import Launched, State
+from daemons.launcher.supervisor import RESTING, Launched, State
 from daemons.registry import Role, VtpmDevice
 from daemons.xl.domain_config import STATE_DISK
 
@@ -49,16 +50,18 @@ async def launch_domain(stack: Stack, chip: Chip, domain: Domain) -> Launched:
         domain.has_started = True
         try:
             with trio.CancelScope(shield=True):  # bounded by the spawner's own deadline
-                return await _spawn(stack, domain)
+                return await _spawn(stack, chip, domain)
         except NotFresh:
             continue
 
 
-async def _spawn(stack: Stack, domain: Domain) -> Launched:
+async def _spawn(stack: Stack, chip: Chip, domain: Domain) -> Launched:
     places = stack.places.domain(domain.name)
     stack.places.make_private(places.directory)
+    power_cycle = chip.power_cycle
+    kept = {places.journal.name} if keeps_journal(domain, power_cycle) else set()
     try:
-        empty_directory(places.directory)
+        empty_directory(places.directory, kept)
         write_config(stack, domain)
     except OSError as error:
         raise Failure(
@@ -75,6 +78,7 @@ async def _spawn(stack: Stack, domain: Domain) -> Launched:
         if not all(vtpm.is_running and not vtpm.served for vtpm in vtpms):
             raise NotFresh
         stack.registry.put(domain.record(pid, start_time))
+        domain.power_cycle = power_cycle
         for vtpm in vtpms:
             vtpm.served = domain.name
 
@@ -92,13 +96,16 @@ def write_config(stack: Stack, domain: Domain) -> None:
     beside.rename(path)
 
 
-def empty_directory(directory: Path) -> None:
+def empty_directory(directory: Path, kept: Container[str] = ()) -> None:
     """Remove what an ended process of a domain has left in its run directory.
 
-    Its volatile state is lost with the process in this version, so nothing there is of use to the
-    next one.
+    Args:
+        directory: Of the domain.
+        kept: Names of what the next process needs.
     """
     for entry in directory.iterdir():
+        if entry.name in kept:
+            continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry, ignore_errors=True)
         else:
@@ -199,6 +206,5 @@ def waits_for_somebody(stack: Stack, domain: Domain) -> bool:
 
 def _is_stuck(stack: Stack, backend: Domain) -> bool:
     return backend.external is None and (
-        backend.supervisor.state in {State.FAILED, State.CREATED, State.PAUSED}
-        or waits_for_somebody(stack, backend)
+        backend.supervisor.state in RESTING | {State.PAUSED} or waits_for_somebody(stack, backend)
     )

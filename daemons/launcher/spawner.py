@@ -37,7 +37,8 @@ from daemons.listeners import start_time_of
 SPAWN_DEADLINE_S = 15.0
 """A fork server that is importing answers when it is done; far above the 0.2 s that takes."""
 SERVERS_AT_ONCE_MAX = 3
-"""Fork servers that may end one after the other without having been ready."""
+"""Fork servers that may be killed one after the other without having been ready."""
+FIRST_WORDS_BYTES_MAX = 65536
 
 log = structlog.get_logger()
 
@@ -126,10 +127,24 @@ class _Server:
 
     process: subprocess.Popen[bytes]
     link: trio.socket.SocketType
+    first_words: int | None
+    """A file that is its standard error until it is ready; None when it was read."""
     answers: dict[int, trio.MemorySendChannel[dict[str, object]]] = field(default_factory=dict)
     children: dict[int, _Child] = field(default_factory=dict)
     exits_before_spawned: dict[int, int] = field(default_factory=dict)
     is_ready: bool = False
+
+    def pass_on_first_words(self) -> str:
+        """Write what it said before it was ready where it would have gone; give the end of it."""
+        if self.first_words is None:
+            return ""
+        with os.fdopen(self.first_words, "rb") as file:
+            self.first_words = None
+            file.seek(max(0, file.seek(0, os.SEEK_END) - FIRST_WORDS_BYTES_MAX))
+            said = file.read()
+        with contextlib.suppress(OSError):
+            os.write(2, said)
+        return said.decode("utf-8", errors="replace")
 
 
 class Spawner:
@@ -162,6 +177,8 @@ class Spawner:
         self._next_number = 1
         self._is_closing = False
         self._has_ended = trio.Event()
+        self._is_ready = trio.Event()
+        self._failure: Failure | None = None
 
     @property
     def server_pid(self) -> int | None:
@@ -175,16 +192,21 @@ class Spawner:
             Failure: No process can be started.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        first_words = os.memfd_create("stderr of the fork server")
+        stderr = os.dup(2)  # passed under another number than 2, which is its own at first
+        numbers = ("--link", str(theirs.fileno()), "--stderr", str(stderr))
         try:
             process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
-                [*self._command[:4], "--link", str(theirs.fileno()), *self._command[4:]],
+                [*self._command[:4], *numbers, *self._command[4:]],
                 stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
+                stderr=first_words,
+                pass_fds=[theirs.fileno(), stderr],
                 env=self._environment,
                 start_new_session=True,
             )
         except OSError as error:
             ours.close()
+            os.close(first_words)
             raise Failure(
                 "cannot start the fork server",
                 why=str(error),
@@ -192,7 +214,8 @@ class Spawner:
             ) from error
         finally:
             theirs.close()
-        self._server = _Server(process, trio.socket.from_stdlib_socket(ours))
+            os.close(stderr)
+        self._server = _Server(process, trio.socket.from_stdlib_socket(ours), first_words)
         self._announce_change()
 
     async def run(self) -> None:
@@ -211,9 +234,11 @@ class Spawner:
                     await self._hear(server)
                 except trio.Cancelled:
                     server.link.close()
+                    server.pass_on_first_words()
                     raise
                 await trio.to_thread.run_sync(server.process.wait)
                 server.link.close()
+                said = server.pass_on_first_words()
                 unready_in_a_row = 0 if server.is_ready else unready_in_a_row + 1
                 for waiting in server.answers.values():
                     waiting.close()
@@ -224,14 +249,12 @@ class Spawner:
                 log.warning("fork server ended", status=server.process.returncode)
                 for child in server.children.values():
                     watchers.start_soon(_watch_orphan, child)
-                if unready_in_a_row >= SERVERS_AT_ONCE_MAX:
-                    raise Failure(
-                        "cannot start daemons",
-                        why=f"the fork server ended {unready_in_a_row} times before it was ready"
-                        f" (last status {server.process.returncode})",
-                        next_step="Look at the launcher's log for the import that fails",
-                        exit_code=ExitCode.BUG,
-                    )
+                # One that ends by itself has met what the next one would meet too.
+                ends_max = 1 if server.process.returncode > 0 else SERVERS_AT_ONCE_MAX
+                if unready_in_a_row >= ends_max:
+                    self._failure = _cannot_fork(unready_in_a_row, server.process.returncode, said)
+                    self._announce_change()  # nobody waits for an answer any longer
+                    raise self._failure
                 self.start()
 
     async def spawn(self, order: Order, stdout: IO[bytes] | int, stderr: IO[bytes] | int) -> _Child:
@@ -268,6 +291,10 @@ class Spawner:
             next_step="Look at the launcher's log; `vtpm down` and `vtpm up` start afresh",
         )
 
+    async def ready(self) -> None:
+        """Wait until a fork server has imported everything; `run` raises if none ever does."""
+        await self._is_ready.wait()
+
     def close(self) -> None:
         """Let the fork server end once its last child has; `run` then returns."""
         self._is_closing = True
@@ -280,6 +307,8 @@ class Spawner:
 
     async def _ask(self, order: Order, descriptors: Sequence[int], gate: int) -> _Child | None:
         """Ask the present fork server once; None when it ended and another is to be asked."""
+        if self._failure is not None:
+            raise self._failure
         server, changed = self._server, self._changed
         if server is None:
             raise trio.ClosedResourceError
@@ -329,6 +358,8 @@ class Spawner:
             message = json.loads(packet)
             if "ready" in message:
                 server.is_ready = True
+                server.pass_on_first_words()
+                self._is_ready.set()
             elif "spawned" in message:
                 waiting = server.answers.get(message["spawned"])
                 if waiting is not None:
@@ -362,6 +393,18 @@ async def _watch_orphan(child: _Child) -> None:
         child.end(None)
     else:
         child.end(os.waitstatus_to_exitcode(wait_status))
+
+
+def _cannot_fork(times: int, status: int, said: str) -> Failure:
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    how = f"killed by signal {-status}" if status < 0 else f"status {status}"
+    ends = "ended" if times == 1 else f"ended {times} times"
+    return Failure(
+        "cannot start the fork server, from which all daemons come",
+        why=f"it {ends} before it was ready ({how}): {lines[-1] if lines else 'it said nothing'}",
+        next_step="Look at what it said in the launcher's log, and install the stack again",
+        exit_code=ExitCode.BUG,
+    )
 
 
 def _number(file: IO[bytes] | int) -> int:

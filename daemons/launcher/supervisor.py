@@ -26,6 +26,7 @@ import trio
 from daemons.errors import ExitCode, Failure
 from daemons.launcher.last_words import LastWords
 from daemons.launcher.spawner import Process
+from daemons.xl.domain_config import Action
 
 STATUS_CHARS_MAX = 200
 
@@ -49,6 +50,8 @@ class State(StrEnum):
     """It died, and is started again after a while."""
     FAILED = "failed"
     """It is not started again before somebody asks."""
+    PRESERVED = "preserved"
+    """It was shut down and is kept, until somebody starts it again or destroys it."""
     ENDED = "ended"
 
 
@@ -65,6 +68,8 @@ class Event(StrEnum):
     REPEAT = "repeat"
     """The stop was for a new start."""
     GIVE_UP = "give up"
+    PRESERVE = "preserve"
+    """The stop was one after which it is kept."""
 
 
 TRANSITIONS: Final[Mapping[tuple[State, Event], State]] = {
@@ -74,6 +79,7 @@ TRANSITIONS: Final[Mapping[tuple[State, Event], State]] = {
     (State.WAITING, Event.REPEAT): State.WAITING,
     (State.WAITING, Event.GIVE_UP): State.FAILED,
     (State.WAITING, Event.STOP): State.ENDED,
+    (State.WAITING, Event.PRESERVE): State.PRESERVED,
     (State.STARTING, Event.READY): State.RUNNING,
     (State.STARTING, Event.STOP): State.STOPPING,
     (State.STARTING, Event.EXITED): State.BACKOFF,
@@ -85,15 +91,22 @@ TRANSITIONS: Final[Mapping[tuple[State, Event], State]] = {
     (State.PAUSED, Event.EXITED): State.BACKOFF,
     (State.STOPPING, Event.REPEAT): State.WAITING,
     (State.STOPPING, Event.EXITED): State.ENDED,
+    (State.STOPPING, Event.PRESERVE): State.PRESERVED,
     (State.BACKOFF, Event.START): State.WAITING,
     (State.BACKOFF, Event.REPEAT): State.WAITING,
     (State.BACKOFF, Event.GIVE_UP): State.FAILED,
     (State.BACKOFF, Event.STOP): State.ENDED,
+    (State.BACKOFF, Event.PRESERVE): State.PRESERVED,
     (State.FAILED, Event.REPEAT): State.WAITING,
     (State.FAILED, Event.STOP): State.ENDED,
+    (State.FAILED, Event.PRESERVE): State.PRESERVED,
+    (State.PRESERVED, Event.REPEAT): State.WAITING,
+    (State.PRESERVED, Event.STOP): State.ENDED,
 }
 
-SETTLED = frozenset({State.CREATED, State.RUNNING, State.PAUSED, State.FAILED, State.ENDED})
+RESTING = frozenset({State.CREATED, State.FAILED, State.PRESERVED})
+"""States of a process that is not there and is not started before somebody asks."""
+SETTLED = RESTING | {State.RUNNING, State.PAUSED, State.ENDED}
 """States that last until something new happens."""
 
 FINAL_EXITS = frozenset(
@@ -156,6 +169,7 @@ class Launched:
 class _Wish(StrEnum):
     RUN = "run"
     REPEAT = "repeat"
+    REST = "rest"
     END = "end"
 
 
@@ -171,6 +185,7 @@ class Supervisor:
             and releases. A `Failure` from it is final.
         limits: How patient to be.
         changes: Told of every change.
+        on_crash: What becomes of it when its process dies unasked: RESTART, PRESERVE or DESTROY.
 
     Attributes:
         state: Where the process is.
@@ -180,7 +195,14 @@ class Supervisor:
         last_reason: Why it was last started again.
     """
 
-    def __init__(self, name: str, launch: Launch, limits: Limits, changes: Changes) -> None:
+    def __init__(
+        self,
+        name: str,
+        launch: Launch,
+        limits: Limits,
+        changes: Changes,
+        on_crash: Action = Action.RESTART,
+    ) -> None:
         self.name = name
         self.state = State.CREATED
         self.reason = ""
@@ -191,6 +213,7 @@ class Supervisor:
         self._launch = launch
         self._limits = limits
         self._changes = changes
+        self._on_crash = on_crash
         self._process: Process | None = None
         self._wish = _Wish.RUN
         self._drain_s = limits.drain_s
@@ -261,9 +284,17 @@ class Supervisor:
         """Stop the process for good; `run` returns when it has ended."""
         self._ask(_Wish.END, drain_s)
 
+    def preserve(self, *, drain_s: float | None = None) -> None:
+        """Stop the process, and stay: it is in state PRESERVED when it has ended."""
+        if self._wish is _Wish.END or self.state in {State.CREATED, State.ENDED, State.PRESERVED}:
+            return
+        self._ask(_Wish.REST, drain_s)
+
     async def settled(self) -> None:
         """Wait until nothing is under way."""
-        while self.state not in SETTLED or (self._wish is _Wish.END and self.state != State.ENDED):
+        while self.state not in SETTLED or (
+            self._wish is not _Wish.RUN and self.state is not State.ENDED
+        ):
             await self._changes.next()
 
     # -- its life --------------------------------------------------------------------------------
@@ -272,7 +303,7 @@ class Supervisor:
         """Live until `stop`. Cancelling it kills the process without grace."""
         self._move(Event.START)
         while self._wish is not _Wish.END:
-            if self.state is State.FAILED:
+            if self.state in {State.FAILED, State.PRESERVED}:
                 await self._interruptible(trio.sleep_forever)
             elif self.state is State.BACKOFF:
                 await self._interruptible(self._back_off)
@@ -282,8 +313,17 @@ class Supervisor:
             if self._wish is _Wish.REPEAT and self.state is not State.WAITING:
                 self.reason = self.last_reason
                 self._move(Event.REPEAT)
+            elif self._wish is _Wish.REST:
+                self._rest()
         if self.state is not State.ENDED:
             self._move(Event.EXITED if self.state is State.STOPPING else Event.STOP)
+
+    def _rest(self) -> None:
+        self._wish = _Wish.RUN  # it was granted; what is asked for next counts again
+        self.failure = None
+        self.reason = ""
+        if self.state is not State.PRESERVED:
+            self._move(Event.PRESERVE)
 
     async def _start_and_live(self) -> None:
         launched: Launched | None = None
@@ -332,7 +372,9 @@ class Supervisor:
                 if overdue.is_set()
                 else describe_exit(status)
             )
-            self._died(status, how, launched.last_words())
+            # Nobody says why he is killed: what was logged before has another reason.
+            is_mute = status == -signal.SIGKILL and not overdue.is_set()
+            self._died(status, how, LastWords() if is_mute else launched.last_words())
         elif self.state is not State.STOPPING:
             self._move(Event.STOP)  # it ended by itself just when it was told to
 
@@ -365,7 +407,18 @@ class Supervisor:
         self.reason = self.last_reason = ": ".join(filter(None, (how, str(last_words))))
         log.warning("process died", domain=self.name, reason=self.reason)
         self._move(Event.EXITED)
-        if status in FINAL_EXITS:
+        if self._on_crash is not Action.RESTART:
+            self._give_up(
+                Failure(
+                    f"{self.name} crashed",
+                    why=self.reason,
+                    next_step=f"on_crash={self._on_crash.value} keeps it from being started again;"
+                    " look at its log",
+                )
+            )
+            if self._on_crash is Action.DESTROY:
+                self._wish = _Wish.END
+        elif status in FINAL_EXITS:
             self._give_up(
                 Failure(
                     last_words.what or f"{self.name} cannot run",

@@ -87,6 +87,15 @@ class Action(StrEnum):
     SOFT_RESET = "soft-reset"
 
 
+NEAREST_ACTIONS: Final = {
+    Action.RENAME_RESTART: Action.RESTART,
+    Action.COREDUMP_DESTROY: Action.DESTROY,
+    Action.COREDUMP_RESTART: Action.RESTART,
+    Action.SOFT_RESET: Action.RESTART,
+}
+"""What is done for what a process cannot do; a dump of a TPM's memory would hold its keys."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DomainConfig:
     """One domain, as far as this stack uses its file."""
@@ -112,8 +121,10 @@ class DomainConfig:
     vtpms: tuple[VtpmSpec, ...]
     vifs: tuple[Vif, ...]
     on_poweroff: Action
+    """After a shutdown. This and the next two: destroy, restart or preserve."""
     on_reboot: Action
     on_crash: Action
+    """After its process died unasked."""
     warnings: tuple[str, ...]
     """Each names the file and a line."""
     not_used: tuple[str, ...]
@@ -197,7 +208,8 @@ class _Reader:
             vifs=tuple(vif for vif, _ in self._items("vif", parse_vif, VIFS_MAX)),
             on_poweroff=self._action("on_poweroff", Action.DESTROY),
             on_reboot=self._action("on_reboot", Action.RESTART),
-            on_crash=self._action("on_crash", Action.DESTROY),
+            # xl's default is destroy; a TPM that is there again is what this stack is for.
+            on_crash=self._action("on_crash", Action.RESTART),
             warnings=(),
             not_used=tuple(sorted(self._config.settings.keys() & UNUSED_KEYS)),
         )
@@ -298,7 +310,14 @@ class _Reader:
             raise self._config.error(
                 value.position, f"{key} is none of {', '.join(action.value for action in Action)}"
             )
-        return Action(value.text)
+        action = Action(value.text)
+        nearest = NEAREST_ACTIONS.get(action)
+        if nearest is not None:
+            self._warn(
+                value.position, f"{key}={action.value} cannot be done here; {nearest.value} is done"
+            )
+            return nearest
+        return action
 
     def _required(self, key: str, example: str) -> Text:
         value = self._text_value(key)

@@ -93,6 +93,17 @@ def breeding(_argv: list[str]) -> int:
     return 0
 
 
+def broken_warm_up() -> None:
+    """Fail as a fork server whose modules do not fit together."""
+    sys.stderr.write("first words\n")
+    raise RuntimeError("it does not get warm")
+
+
+def suicidal_warm_up() -> None:
+    """End as a fork server that the kernel kills."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def domain(argv: list[str]) -> int:
     """Be a daemon of the stack, as the file ROOT/behave/DOMAIN says; see `BEHAVIOURS`.
 
@@ -110,7 +121,10 @@ def domain(argv: list[str]) -> int:
         left_behind.bind(str(left))  # fails if the last one's was not removed
     behaviour = root / "behave" / name
     words = behaviour.read_text().split() if behaviour.exists() else ["ready"]
-    tell(event="started", domid=record["domid"], record=record, config=seen)
+    journal = left.with_name("journal")
+    found = journal.read_text() if journal.exists() else ""
+    journal.write_text(str(os.getpid()))
+    tell(event="started", domid=record["domid"], record=record, config=seen, journal=found)
     return BEHAVIOURS[words[0]](root, name, words[1:])
 
 

@@ -1,9 +1,11 @@
 """Subcommands about domains: what they ask of the launcher, what they print, how they fail."""
 
 import json
+import sys
 
 import pytest
 
+from daemons.cli import output
 from daemons.errors import ExitCode, Failure
 
 CONFIG = 'name="guest1"\nkernel="/usr/lib/xen/boot/pv-grub-x86_64.gz"\n'
@@ -23,9 +25,42 @@ def test_list_prints_aligned_columns(vtpm):
     lines = [line.split() for line in done.stdout.splitlines()]
     assert lines[0] == ["Name", "ID", "Mem", "State", "PID", "Restarts", "Label"]
     assert lines[1] == ["vtpm-guest1", "2", "8", "running", "102", "1", "system_u:vm_r:vtpm_t"]
-    assert "failed: nothing to boot" in done.stdout
-    starts = {line.index("system_u") for line in done.stdout.splitlines()[1:]}
+    starts = {line.index("system_u") for line in done.stdout.splitlines()[1:4]}
     assert len(starts) == 1
+
+
+@pytest.mark.usefixtures("launcher")
+def test_list_tells_the_reason_of_a_state_below_its_row(vtpm):
+    *_, row, reason = vtpm("list").stdout.splitlines()
+    assert row.split()[:4] == ["guest2", "4", "1024", "failed"]
+    assert reason == "    nothing to boot"
+
+
+def test_list_stays_narrow_however_long_a_reason_is(launcher, vtpm):
+    why = "it died 6 times in a row, the last time: " + "for this reason " * 30
+    failed = {**launcher.answers["list"][0], "state": f"failed: {why}"}
+    launcher.answers["list"] = [failed, launcher.answers["list"][1]]
+    header, row, reason, other = vtpm("list").stdout.splitlines()
+    assert max(map(len, (header, row, other))) < 100
+    assert reason == "    " + why
+    assert json.loads(vtpm("list", "--json").stdout)[0]["state"] == f"failed: {why}"
+
+
+def test_reason_is_broken_at_a_terminals_width(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "60")
+    output.print_rows(("Name",), [("guest1",), ("guest2",)], ["word " * 40, ""])
+    _, _, *reason, last = capsys.readouterr().out.splitlines()
+    assert last == "guest2"
+    assert len(reason) > 1
+    assert all(line.startswith("    word") and len(line) <= 60 for line in reason)
+
+
+def test_create_shows_what_is_strange_in_the_file(launcher, vtpm, config):
+    launcher.answers["create"] = {"warnings": ["guest1.cfg:3: \x1bkey is not known"]}
+    done = vtpm("create", config)
+    assert done.exit_code == 0
+    assert "warning: guest1.cfg:3: \\x1bkey is not known\n" in done.stderr
 
 
 def test_list_as_json_is_what_the_launcher_said(launcher, vtpm):
@@ -50,7 +85,7 @@ def test_list_escapes_what_could_drive_a_terminal(launcher, vtpm):
     launcher.answers["list"] = [{**launcher.answers["list"][0], "state": "failed: \x1b[2Jx\ny"}]
     done = vtpm("list")
     assert "\x1b" not in done.stdout
-    assert "failed: \\x1b[2Jx\\ny" in done.stdout
+    assert "    \\x1b[2Jx\\ny" in done.stdout
 
 
 def test_create_sends_text_and_path_and_waits(launcher, vtpm, config):

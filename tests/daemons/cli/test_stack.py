@@ -1,5 +1,9 @@
 """up and down: the order of domains, and what is asked of the launcher."""
 
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -85,5 +89,65 @@ def test_up_stops_at_the_first_domain_that_fails(launcher, vtpm):
     assert [method for method, _ in launcher.calls].count("create") == 2
 
 
-def test_down_without_a_stack_is_done(vtpm):
-    assert vtpm("down").exit_code == 0
+def test_down_without_a_stack_says_so_and_is_done(vtpm, places):
+    done = vtpm("down")
+    assert done.exit_code == 0
+    assert done.stdout == f"nothing runs under {places.root}\n"
+
+
+def test_up_shows_what_is_strange_in_the_files(launcher, vtpm):
+    launcher.answers["list"] = []
+    launcher.answers["create"] = {"warnings": ["x.cfg:3: the key colour is not known"]}
+    done = vtpm("up", EXAMPLES / "vtpmmgr.cfg")
+    assert "warning: x.cfg:3: the key colour is not known\n" in done.stderr
+
+
+BREAKS_THE_FORK_SERVER = """
+import sys, types
+if "daemons.launcher.fork_server" in sys.orig_argv:
+    def warm_up():
+        raise RuntimeError("the drawers do not fit")
+    sys.modules["daemons.launcher.warming"] = broken = types.ModuleType("warming")
+    broken.warm_up = warm_up
+"""
+
+
+def test_up_whose_fork_server_cannot_start_says_why_at_once_and_leaves_nothing(
+    vtpm_process, places, tmp_path_factory
+):
+    breaking = tmp_path_factory.mktemp("breaking")
+    (breaking / "sitecustomize.py").write_text(BREAKS_THE_FORK_SERVER)
+    before = time.monotonic()
+    done = vtpm_process("up", PYTHONPATH=str(breaking))
+    assert time.monotonic() - before < 12  # it was 15 s until one could even stop it
+    assert done.returncode == ExitCode.BUG
+    assert "the fork server" in done.stderr
+    assert "RuntimeError: the drawers do not fit" in done.stderr
+    assert str(places.log_dir / "launcher.log") in done.stderr
+    assert "Traceback" in (places.log_dir / "launcher.log").read_text()
+    done = vtpm_process("down")
+    assert done.returncode == 0
+    assert "nothing runs" in done.stdout
+
+
+def test_two_ups_at_once_are_both_done(vtpm_process):
+    with ThreadPoolExecutor() as threads:
+        both = [threads.submit(vtpm_process, "up") for _ in range(2)]
+    try:
+        assert [done.result().returncode for done in both] == [0, 0], both
+    finally:
+        assert vtpm_process("down").returncode == 0
+
+
+def test_down_waits_for_a_launcher_that_only_comes_up(vtpm_process, places):
+    """The control socket is there some time after the launcher."""
+    places.prepare()
+    command = [sys.executable, "-m", "daemons.launcherd", "--root", str(places.root)]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as launcher:
+        lock = places.registry / "launcher.lock"
+        deadline = time.monotonic() + 20
+        while not lock.exists() and time.monotonic() < deadline:
+            time.sleep(0.001)  # it has no way to tell
+        done = vtpm_process("down")
+        assert done.returncode == 0, done.stderr
+        assert launcher.wait(20) == 0

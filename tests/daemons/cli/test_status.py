@@ -75,6 +75,16 @@ def test_status_tells_pids_states_and_reasons(vtpm, text):
     assert text in vtpm("status").stdout
 
 
+def test_status_tells_a_reason_once_and_not_beside_the_name(launcher, vtpm):
+    why = "killed by SIGSEGV: " + "for this reason " * 9 + "end"
+    failed = {**STATUS["domains"][2], "state": f"failed: it died: {why}", "last_reason": why}
+    launcher.answers["status"] = {**STATUS, "domains": [failed]}
+    shown = vtpm("status").stdout
+    (row,) = [line for line in shown.splitlines() if "vtpmmgr " in line]
+    assert "SIGSEGV" not in row
+    assert shown.count("SIGSEGV") == 1
+
+
 def test_status_names_what_has_no_backend(launcher, vtpm):
     launcher.answers["status"] = {**STATUS, "domains": STATUS["domains"][:1]}
     assert "without a backend" in vtpm("status").stdout

@@ -437,7 +437,20 @@ def test_devices_of_a_running_domain_stay(stack):
         ("vtpm_detach", {"devid_or_uuid": "0"}),
         ("block_attach", {"spec": "file:/images/guest2.img,xvdb,w"}),
     ):
-        assert "it is running" in refused(stack, method, domain="guest1", **params).why
+        failure = refused(stack, method, domain="guest1", **params)
+        assert "it is running" in failure.why
+        assert "vtpm destroy guest1; vtpm create -p" in failure.next_step
+
+
+def test_stopped_guest_takes_a_vtpm_and_boots_with_it(stack):
+    stack.create_chain()
+    bare = "\n".join(line for line in GUEST.splitlines() if not line.startswith("vtpm="))
+    stack.call("destroy", domain="guest1")
+    stack.create(bare, paused=True)
+    stack.call("vtpm_attach", domain="guest1", backend="vtpm-guest1")
+    stack.call("unpause", domain="guest1")
+    assert stack.row("guest1")["backends"] == ["vtpm-guest1"]
+    assert stack.row("guest1")["state"] == "running"
 
 
 def test_vtpm_is_attached_once_and_detached_by_number_or_uuid(stack):
@@ -453,6 +466,160 @@ def test_vtpm_is_attached_once_and_detached_by_number_or_uuid(stack):
     assert failure.exit_code is ExitCode.USAGE
     stack.call("vtpm_attach", domain="vtpm-guest1", backend="vtpmmgr")
     stack.call("vtpm_detach", domain="vtpm-guest1", devid_or_uuid="0")
+
+
+# -- pages of the chip ---------------------------------------------------------------------------
+
+PAGES = 'iomem=["fed40,5"]\n'
+
+
+@pytest.mark.parametrize(("name", "text"), [("guest1", GUEST), ("vtpm-guest1", VTPM)])
+def test_pages_of_the_chip_for_a_label_that_may_not_use_them_are_refused_at_once(stack, name, text):
+    stack.create_chain()
+    stack.call("destroy", domain=name)
+    failure = create_refused(stack, text + PAGES)
+    type_ = "domU_t" if name == "guest1" else "vtpm_t"
+    assert f"{name} (system_u:system_r:{type_})" in failure.what
+    assert "hwtpm (system_u:system_r:hwtpm_t)" in failure.what
+    assert "vtpmmgr_t -> hwtpm_t" in failure.why
+    assert "iomem=" in failure.next_step
+    assert failure.exit_code is ExitCode.NO_PERMISSION
+    assert name not in [row["name"] for row in stack.call("list")]
+
+
+def test_pages_of_the_chip_go_to_who_the_policy_names(down):
+    (down.root / "etc/vtpm/policy.toml").write_text(
+        '[[allow]]\nfrontend="domU_t"\nbackend="hwtpm_t"\n'
+        '[[allow]]\nfrontend="vtpm_t"\nbackend="vtpmmgr_t"\n'
+        '[[allow]]\nfrontend="domU_t"\nbackend="vtpm_t"\n'
+    )
+    (down.root / "etc/vtpm/policy.toml").chmod(0o600)
+    down.start()
+    failure = create_refused(down, MANAGER)
+    assert "vtpmmgr (system_u:system_r:vtpmmgr_t) may not use hwtpm" in failure.what
+    down.create(MANAGER.replace("iomem", "#iomem"))
+    down.create(VTPM)
+    down.create(GUEST + PAGES)
+    assert down.story("started")[-1]["record"]["localities"] == [0, 1, 2, 3, 4]
+
+
+# -- what becomes of a domain that ends ------------------------------------------------------------
+
+
+def test_crash_destroys_where_the_config_says_so(stack):
+    stack.create_chain()
+    stack.call("destroy", domain="guest1")
+    stack.create(GUEST + 'on_crash="destroy"\n')
+    kill(stack.row("guest1"))
+    stack.until(lambda: "guest1" not in [row["name"] for row in stack.call("list")], "destroyed")
+    assert not (stack.places.registry / "guest1.json").exists()
+    assert not stack.places.domain("guest1").directory.exists()
+    assert stack.names("started").count("guest1") == 2
+    assert stack.row("vtpm-guest1")["state"] == "running"
+    stack.create(GUEST)
+
+
+def test_crash_while_it_is_created_is_told_before_it_destroys(stack):
+    stack.behave("vtpmmgr", "fails 70")
+    failure = create_refused(stack, MANAGER + 'on_crash="destroy"\n')
+    assert "cannot open image: it is upside down" in failure.why
+    stack.until(lambda: len(stack.call("list")) == 1, "destroyed")
+
+
+def test_crash_is_preserved_where_the_config_says_so(stack):
+    stack.create(MANAGER + 'on_crash="preserve"\n')
+    kill(stack.row("vtpmmgr"))
+    row = stack.until_state("vtpmmgr", "failed")
+    assert "killed by SIGKILL" in row["state"]
+    assert (row["pid"], row["restarts"]) == (None, 0)
+    assert stack.call("reboot", domain="vtpmmgr")["state"] == "running"
+
+
+def test_shutdown_preserves_or_restarts_where_the_config_says_so(stack):
+    stack.create(MANAGER)
+    stack.create(VTPM + 'on_poweroff="restart"\n')
+    stack.create(GUEST + 'on_poweroff="preserve"\n')
+    stack.call("shutdown", domain="guest1")
+    row = stack.row("guest1")
+    assert (row["state"], row["pid"]) == ("shutdown", None)
+    stack.call("shutdown", domain="vtpm-guest1")
+    row = stack.row("vtpm-guest1")
+    assert (row["state"], row["restarts"]) == ("running", 1)
+    assert row["last_reason"] == "shutdown was asked for"
+    assert "shutdown" in create_refused(stack, GUEST).why
+    assert stack.call("reboot", domain="guest1")["state"] == "running"
+    stack.call("shutdown", domain="guest1")
+    stack.call("shutdown", domain="guest1")  # it has ended before: now it goes
+    assert "guest1" not in [row["name"] for row in stack.call("list")]
+    assert stack.stop() == 0
+    assert stack.what_is_left() == []
+
+
+@pytest.mark.parametrize("action", ["destroy", "preserve"])
+def test_reboot_destroys_or_preserves_where_the_config_says_so(stack, action):
+    stack.create(MANAGER + f'on_reboot="{action}"\n')
+    stack.call("reboot", domain="vtpmmgr")
+    states = {row["name"]: row["state"] for row in stack.call("list")}
+    assert states.get("vtpmmgr") == {"destroy": None, "preserve": "shutdown"}[action]
+    assert stack.names("started").count("vtpmmgr") == 1
+
+
+# -- what a process finds of the one before it -----------------------------------------------------
+
+
+def journals(stack, name) -> list[tuple[int, str]]:
+    return [(e["pid"], e["journal"]) for e in stack.story("started") if e["name"] == name]
+
+
+def started_again(stack, name, restarts) -> None:
+    stack.until(lambda: stack.row(name)["restarts"] == restarts, f"{name} is started again")
+    stack.until_state(name, "running")
+
+
+def test_killed_process_leaves_its_journal_to_the_next_one(stack):
+    stack.create_chain()
+    for restarts in (1, 2, 3):
+        kill(stack.row("vtpmmgr"))
+        started_again(stack, "vtpmmgr", restarts)
+    stack.call("reboot", domain="vtpmmgr")
+    pids = [pid for pid, _ in journals(stack, "vtpmmgr")]
+    found = [journal for _, journal in journals(stack, "vtpmmgr")]
+    assert found == ["", *(str(pid) for pid in pids[:-1])]
+    assert len(found) == 5
+    kill(stack.row("vtpm-guest1"))
+    started_again(stack, "vtpm-guest1", 1)
+    (first, _), (_, found) = journals(stack, "vtpm-guest1")
+    assert found == str(first)
+
+
+def test_no_journal_outlives_the_power_of_the_platform(stack):
+    stack.create_chain()
+    kill(stack.row("vtpmmgr"))
+    started_again(stack, "vtpmmgr", 1)
+    kill(stack.chip())
+    started_again(stack, "guest1", 1)
+    for name in ("vtpmmgr", "vtpm-guest1", "guest1"):
+        assert journals(stack, name)[-1][1] == ""
+
+
+def test_no_journal_outlives_a_reset_or_a_reboot(stack):
+    stack.create_chain()
+    stack.call("reboot", domain="guest1")  # resets its vTPM
+    stack.call("reboot", domain="vtpm-guest1")
+    stack.until(lambda: stack.row("guest1")["restarts"] == 2, "the guest is rebooted")
+    stack.until_state("guest1", "running")
+    assert [found for _, found in journals(stack, "vtpm-guest1")] == ["", "", ""]
+    assert journals(stack, "guest1")[1][1] == ""
+
+
+def test_domain_made_anew_finds_no_journal(stack):
+    stack.create_chain()
+    for text in (GUEST, VTPM, MANAGER):
+        stack.call("destroy", domain=text.split('"')[1])
+    stack.create_chain()
+    assert {found for name in ("vtpmmgr", "vtpm-guest1") for _, found in journals(stack, name)} == {
+        ""
+    }
 
 
 # -- deaths --------------------------------------------------------------------------------------

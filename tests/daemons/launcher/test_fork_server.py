@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -153,6 +154,50 @@ async def test_program_that_cannot_run_is_refused_with_the_reason(tmp_path, prog
         with pytest.raises(Failure, match=reason):
             await room.spawn(program)
         assert await room.run("measured") == 0  # and the next order is served
+
+
+@pytest.mark.parametrize(
+    ("warm", "reason"),
+    [
+        ("broken_warm_up", r"it ended before .* \(status 1\): RuntimeError: it does not get warm"),
+        ("suicidal_warm_up", r"it ended 3 times before .* \(killed by signal 9\): it said nothing"),
+    ],
+)
+async def test_fork_server_that_cannot_start_fails_all_orders_at_once_with_its_reason(
+    tmp_path, capfd, warm, reason
+):
+    environment = dict(os.environ, PYTHONPATH=str(FAKES))
+    spawner = Spawner(
+        PROGRAMS, title="broken", environment=environment, warm=f"fake_daemons:{warm}"
+    )
+    refused: list[Failure] = []
+
+    async def order() -> None:
+        with trio.CancelScope(shield=True):  # as the launcher does
+            with pytest.raises(Failure) as raised:
+                await Room(tmp_path, spawner).spawn("measured")
+            refused.append(raised.value)
+
+    async def launcher() -> None:
+        async with trio.open_nursery() as nursery:
+            spawner.start()
+            nursery.start_soon(spawner.run)
+            nursery.start_soon(order)
+
+    with trio.fail_after(10), pytest.raises(ExceptionGroup) as ended:  # a spawn has 15 s
+        await launcher()
+    assert ended.group_contains(Failure, match=reason)
+    (failure,) = refused
+    assert re.search(reason, failure.why)
+    if warm == "broken_warm_up":
+        assert "first words\n" in capfd.readouterr().err  # nothing of it is lost
+
+
+async def test_fork_server_writes_to_the_launchers_stderr_once_it_is_ready(tmp_path):
+    async with spawning(tmp_path) as room:
+        await room.spawner.ready()
+        server = room.spawner.server_pid
+        assert os.stat(f"/proc/{server}/fd/2").st_ino == os.fstat(2).st_ino  # noqa: PTH116
 
 
 async def test_child_survives_its_fork_server_and_its_end_is_still_seen(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 
+import pytest
 import structlog
 
 from daemons import logs
@@ -48,11 +49,35 @@ def test_everyday_lines_are_no_last_words():
     finally:
         structlog.reset_defaults()
     assert parse_last_words(stream.getvalue()) == LastWords()
-    assert parse_last_words("Segmentation fault\n" + stream.getvalue()).why == "Segmentation fault"
+    assert parse_last_words("something that was printed\n" + stream.getvalue()) == LastWords()
 
 
-def test_without_a_failure_line_it_is_the_last_line():
-    tail = "Traceback\n  line 1\nValueError: \x1b[31mboom\n\n"
+@pytest.mark.parametrize(
+    "line", ["Fatal Python error: Segmentation fault", "vtpmd: error: --domain is missing"]
+)
+def test_error_of_python_or_of_the_arguments_is_the_cause(line):
+    assert parse_last_words(f"usage: vtpmd\n{line}\nCurrent thread 0x1:\n").why == line
+
+
+def test_error_line_without_a_reason_is_taken_as_it_is():
+    line = failure_line(what="refusing connections", limit=3)
+    assert parse_last_words(line) == LastWords(why="refusing connections limit=3")
+
+
+def test_bug_is_told_by_the_end_of_its_traceback():
+    stream = io.StringIO()
+    try:
+        logs.configure("vtpmd", stream=stream)
+        group = ExceptionGroup("many", [ValueError("boom")])
+        structlog.get_logger().error("this is a bug of ours", exc_info=group)
+        structlog.get_logger().info("an everyday line after it")
+    finally:
+        structlog.reset_defaults()
+    assert parse_last_words(stream.getvalue()) == LastWords(why="ValueError: boom")
+
+
+def test_without_a_failure_line_it_is_the_end_of_the_traceback():
+    tail = "Traceback (most recent call last):\n  line 1\nValueError: \x1b[31mboom\n\nprinted\n"
     assert parse_last_words(tail) == LastWords(why="ValueError: ?[31mboom")
     assert str(parse_last_words(tail)) == "ValueError: ?[31mboom"
     assert parse_last_words("") == LastWords()
@@ -60,13 +85,13 @@ def test_without_a_failure_line_it_is_the_last_line():
 
 def test_only_what_was_written_since_the_start_counts(tmp_path):
     log = tmp_path / "a.log"
-    log.write_text("old words\n")
-    assert read_last_words(log, 10) == LastWords()
-    assert read_last_words(log, 0) == LastWords(why="old words")
-    log.write_text("old words\nnew\n")
-    assert read_last_words(log, 10) == LastWords(why="new")
+    log.write_text("a: error: old\n")
+    assert read_last_words(log, 14) == LastWords()
+    assert read_last_words(log, 0) == LastWords(why="a: error: old")
+    log.write_text("a: error: old\na: error: new\n")
+    assert read_last_words(log, 14) == LastWords(why="a: error: new")
     assert read_last_words(tmp_path / "missing", 0) == LastWords()
 
 
 def test_long_words_are_cut():
-    assert len(parse_last_words("x" * 5000).why) < 400
+    assert 200 < len(parse_last_words("a: error: " + "x" * 5000).why) < 400

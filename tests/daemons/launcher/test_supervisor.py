@@ -26,6 +26,7 @@ from daemons.launcher.supervisor import (
     Supervisor,
     describe_exit,
 )
+from daemons.xl.domain_config import Action
 
 LIMITS = Limits(
     start_s=20, drain_s=5, backoff_first_s=1, backoff_max_s=8, stable_s=100, restarts_max=4
@@ -66,7 +67,7 @@ class FakeProcess:
 class Stage:
     """A supervisor, and every process it was given."""
 
-    def __init__(self, limits=LIMITS):
+    def __init__(self, limits=LIMITS, on_crash=Action.RESTART):
         self.processes: list[FakeProcess] = []
         self.started_at: list[float] = []
         self.obeys = True
@@ -74,7 +75,7 @@ class Stage:
         self.gate = trio.Event()
         self.gate.set()
         self.changes = Changes()
-        self.supervisor = Supervisor("vtpm-guest1", self.launch, limits, self.changes)
+        self.supervisor = Supervisor("vtpm-guest1", self.launch, limits, self.changes, on_crash)
 
     async def launch(self):
         if not self.gate.is_set():
@@ -104,8 +105,8 @@ class Stage:
 
 
 @asynccontextmanager
-async def staged(limits=LIMITS, **attributes):
-    stage = Stage(limits)
+async def staged(limits=LIMITS, on_crash=Action.RESTART, **attributes):
+    stage = Stage(limits, on_crash)
     for name, value in attributes.items():
         setattr(stage, name, value)
     with trio.fail_after(10_000):
@@ -207,6 +208,69 @@ async def test_dead_process_is_started_again_with_growing_pauses_up_to_the_limit
         assert stage.supervisor.restarts == LIMITS.restarts_max
         await trio.sleep(1000)
         assert len(stage.processes) == 5
+
+
+async def test_nothing_that_a_killed_process_logged_is_taken_for_the_reason(autojump_clock):
+    async with staged() as stage:
+        await stage.ready(1)
+        stage.process.end(-signal.SIGKILL)
+        await stage.ready(2)
+        assert stage.supervisor.last_reason == "killed by SIGKILL"
+
+
+@pytest.mark.parametrize("status", [1, -signal.SIGSEGV, 0])
+async def test_crash_that_is_to_be_preserved_is_final_until_somebody_asks(autojump_clock, status):
+    async with staged(on_crash=Action.PRESERVE) as stage:
+        await stage.ready(1)
+        stage.process.end(status)
+        await stage.until(State.FAILED)
+        await trio.sleep(1000)
+        assert len(stage.processes) == 1
+        assert "the image is upside down" in stage.supervisor.failure.why
+        stage.supervisor.restart("asked")
+        await stage.ready(2)
+
+
+async def test_crash_that_is_to_destroy_ends_the_supervision(autojump_clock):
+    stage = Stage(on_crash=Action.DESTROY)
+    with trio.fail_after(1000):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(stage.supervisor.run)
+            await stage.ready(1)
+            stage.process.end(1)
+    assert stage.supervisor.state is State.ENDED
+    assert "the image is upside down" in stage.supervisor.failure.why
+
+
+async def test_preserved_one_has_ended_and_can_be_started_again(autojump_clock):
+    async with staged() as stage:
+        for starts in (1, 2):
+            await stage.ready(starts)
+            stage.supervisor.preserve()
+            await stage.supervisor.settled()
+            assert stage.supervisor.state is State.PRESERVED
+            assert stage.process.signals[0][1] is signal.SIGTERM
+            await trio.sleep(1000)
+            assert len(stage.processes) == starts
+            stage.supervisor.restart("asked")
+        await stage.ready(3)
+
+
+@pytest.mark.parametrize("state", [State.WAITING, State.STARTING, State.BACKOFF, State.FAILED])
+async def test_preserve_works_in_every_state(autojump_clock, state):
+    async with staged(Limits(restarts_max=0 if state is State.FAILED else 4)) as stage:
+        if state is State.WAITING:
+            stage.gate = trio.Event()
+        await wait_all_tasks_blocked()
+        if state in {State.BACKOFF, State.FAILED}:
+            await stage.ready(1)
+            stage.process.end(1)
+            await wait_all_tasks_blocked()
+        if state is not State.WAITING:
+            assert stage.supervisor.state is state
+        stage.supervisor.preserve()
+        await stage.supervisor.settled()
+        assert stage.supervisor.state is State.PRESERVED
 
 
 async def test_stable_time_makes_earlier_deaths_forgotten(autojump_clock):

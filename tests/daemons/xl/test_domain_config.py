@@ -77,7 +77,7 @@ def test_manager_of_the_example():
     assert (domain.on_poweroff, domain.on_reboot, domain.on_crash) == (
         Action.DESTROY,
         Action.RESTART,
-        Action.DESTROY,
+        Action.RESTART,
     )
 
 
@@ -173,7 +173,8 @@ def test_every_used_key_reaches_the_domain():
     assert domain.uuid == UUID(UUIDS[0])
     assert domain.label == "guest1_u:vm_r:guest_t"
     assert (domain.on_poweroff, domain.on_reboot) == (Action.PRESERVE, Action.DESTROY)
-    assert domain.on_crash is Action.COREDUMP_RESTART
+    assert domain.on_crash is Action.RESTART
+    assert any("on_crash=coredump-restart cannot be done here" in w for w in domain.warnings)
     assert [disk.vdev for disk in domain.disks] == ["xvda", "xvdb"]
 
 
