@@ -1,27 +1,46 @@
 # Two commands set up all they need, as root or not, on a machine with Python 3.11 or newer:
-#   make demo    the whole story on one screen
-#   make test    all tests
+#   make demo     the whole story on one screen
+#   make test     all tests; PYTEST_ARGS="tests/tpm12 -k seal" for some of them
+# For developers:
+#   make lint     style, types, direction of imports (make -k lint: all of them, also after a failure)
+#   make bench    the stack against swtpm
+#   make conformance   write docs/conformance.md anew
+#   make clean    remove what these made
 PYTHON ?= python3
+PYTEST_ARGS ?=
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint style types layering bench conformance clean for-users for-developers
 
-demo:
-	@$(PYTHON) bootstrap.py
+demo: for-users
 	@.venv/bin/vtpm demo
 
-test:
-	@$(PYTHON) bootstrap.py --dev
+test: for-developers
 	.venv/bin/python -m pytest $(PYTEST_ARGS)
 
-lint:
-	@$(PYTHON) bootstrap.py --dev
+lint: style types layering
+
+style: for-developers
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+
+types: for-developers
 	.venv/bin/mypy
 
-bench:
-	@$(PYTHON) bootstrap.py
+layering: for-developers
+	.venv/bin/python -m pytest -q tests/test_tidy.py
+
+bench: for-users
 	.venv/bin/python -m benchmarks.compare
 
+for-users:
+	@$(PYTHON) bootstrap.py
+
+for-developers:
+	@$(PYTHON) bootstrap.py --dev
+
+conformance: for-developers
+	.venv/bin/python -m tests.conformance.page > docs/conformance.md.new
+	mv docs/conformance.md.new docs/conformance.md
+
 clean:
-	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage*
