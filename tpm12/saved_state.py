@@ -67,6 +67,7 @@ def restore(tpm: Tpm, data: bytes) -> None:
     # The clock may have begun anew with the machine: whoever is locked out waits once more.
     stclear.last_failure_us = tpm.world.clock.now_us()
     stany.tick_start_us, stany.tick_nonce = tpm.stany.tick_start_us, tpm.stany.tick_nonce
+    # TPM_STANY_FLAGS: every start-up resets them.
     stany.post_initialise = False
     stany.transport_exclusive = 0
     stany.tos_present = False

@@ -125,6 +125,7 @@ def test_last_command_may_end_the_session(establish, wire, owned):
 @pytest.mark.parametrize("attributes", [ENCRYPT, EXCLUSIVE])
 def test_close_ends_the_session(establish, owned, attributes):
     session = establish(attributes=attributes)
+    assert list(owned.state.stany.transport_sessions) == [session.handle]
     session.close()
     assert owned.state.stany.transport_sessions == {}
     session.close()

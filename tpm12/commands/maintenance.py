@@ -238,11 +238,11 @@ class _Archive:
     gates=_OWNED,
     sessions=_OWNER,
 )
-def load_maintenance_archive(tpm: Tpm, cmd: LoadMaintenanceArchiveIn, auth: Authorized) -> None:
+def load_maintenance_archive(tpm: Tpm, cmd: LoadMaintenanceArchiveIn, _auth: Authorized) -> None:
     """Become the TPM that an archive was made of: its SRK, its tpmProof, its owner.
 
-    The SRK's secret becomes that owner's. Everything else goes as with TPM_OwnerClear, whose
-    actions include that disableOwnerClear forbids it (libtpms clears all the same).
+    The SRK's secret becomes that owner's. Everything else goes as with TPM_OwnerClear, which
+    disableOwnerClear forbids: so it forbids this too (libtpms clears all the same).
 
     Raises:
         TpmError: KEYNOTFOUND without a maker's key; BAD_SIGNATURE; DECRYPT_ERROR, BAD_PARAMETER,
@@ -270,7 +270,6 @@ def load_maintenance_archive(tpm: Tpm, cmd: LoadMaintenanceArchiveIn, auth: Auth
     permanent.tpm_proof = secrets.usage_auth
     permanent.owner_auth = secrets.migration_auth
     set_flags(tpm, maintenance_done=True)
-    auth.end_all()
 
 
 def _archived_srk(tpm: Tpm, public: Key | Key12, secrets: StoreAsymkey) -> LoadedKey:

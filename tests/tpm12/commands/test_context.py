@@ -3,6 +3,7 @@
 import pytest
 
 from protocol.return_codes import ReturnCode
+from protocol.wire import encode
 from tests.tpm12.delegation_makers import (
     DEL_AUTH,
     ENABLE,
@@ -38,6 +39,7 @@ from tests.tpm12.witness import (
     SRK_AUTH,
     ZERO,
     Session,
+    frame,
     hmac1,
     number,
     parse_sized,
@@ -577,10 +579,14 @@ def established(tpm, attributes=0):
     return number(out[:4]), out[-20:]
 
 
-def executed(tpm, handle, even, request):
-    """TPM_ExecuteTransport of a command without parameters: code, and the next nonceEven."""
+def executed(tpm, handle, even, request, *, handles=0):
+    """TPM_ExecuteTransport of a command without sessions: code, and the next nonceEven.
+
+    `handles`: bytes of handles in the request.
+    """
     odd = tpm.nonce()
-    digest = sha1(u32(EXECUTE), u32(len(request)), sha1(request[6:]))
+    hashed = request[6:10] + request[10 + handles :]
+    digest = sha1(u32(EXECUTE), u32(len(request)), sha1(hashed))
     mac = hmac1(TRANS_SECRET, digest, even, odd, b"\1")
     body = sized(request) + u32(handle) + odd + b"\1" + mac
     answer = tpm.send(EXECUTE, body, tag=0xC2)
@@ -590,7 +596,7 @@ def executed(tpm, handle, even, request):
 def test_transport_session_comes_back(owned):
     tpm = owned.tpm
     handle, even = established(tpm)
-    request = u16(0xC1) + u32(10) + u32(0xF1)
+    request = frame(0xF1)
     code, even = executed(tpm, handle, even, request)
     assert code == 0
     blob = saved(tpm, handle, TRANS)
@@ -605,6 +611,16 @@ def test_exclusiveness_does_not_outlive_the_session(owned):
     assert owned.state.stany.transport_exclusive == handle
     assert save(owned.tpm, handle, TRANS).code == ReturnCode.INVALID_RESOURCE
     assert owned.state.stany.transport_exclusive == 0
+
+
+def test_exclusive_session_may_save_itself(owned):
+    tpm = owned.tpm
+    handle, even = established(tpm, attributes=4)
+    request = frame(SAVE, u32(handle) + u32(TRANS) + LABEL)
+    assert executed(tpm, handle, even, request, handles=4)[0] == 0
+    assert owned.state.stany.transport_sessions == {}
+    assert owned.state.stany.transport_exclusive == 0
+    assert len(owned.state.stany.context_list) == 1
 
 
 def test_no_slot_for_a_transport_session_is_resources(owned):
@@ -787,15 +803,16 @@ def test_nothing_is_loaded_under_the_factorys_keys(owned):
     # Who knows these keys (everybody does) could make a session with any shared secret.
     tpm = owned.tpm
     owned.change("permanent", context_key=bytes(16), tpm_proof=ZERO)
-    real = owned.state.stany.sessions | {}
-    session = owner_osap(tpm)
-    forged = owned.state.stany.sessions[session.handle]
-    assert real == {}
+    session, count = owner_osap(tpm), 7
+    internal = encode(
+        SavedSession(
+            session=owned.state.stany.sessions[session.handle],
+            binding=sha1(b"owner", OWNER_AUTH),
+            delegation_changes=0,
+        )
+    )
     tpm.send(RESET).ok()
-    count = 7
     owned.change("stany", context_list={count: count})
-    binding = sha1(b"owner", OWNER_AUTH)
-    internal = encode_saved(SavedSession(session=forged, binding=binding, delegation_changes=0))
     clear = u16(2) + owned.state.stany.context_nonce_session + sized(internal)
     iv = bytes(range(16))
     head = u16(1) + u32(AUTH) + u32(session.handle) + LABEL + u32(count)
@@ -808,12 +825,6 @@ def test_nothing_is_loaded_under_the_factorys_keys(owned):
     owned.change("permanent", context_key=key, tpm_proof=proof)
     blob = head + hmac1(proof, bare) + sized(iv) + sized(aes_ctr(key, iv, clear))
     load(tpm, blob).ok()
-
-
-def encode_saved(saved_session):
-    from protocol.wire import encode  # noqa: PLC0415 - nothing else here speaks our declarations
-
-    return encode(saved_session)
 
 
 def test_saved_delegate_needs_its_secret(owned):

@@ -270,6 +270,32 @@ def test_join_session_with_an_issuer_is_no_sign_session(at, stage):
     assert platform.ask(stage).code == ReturnCode.DAA_TPM_SETTINGS
 
 
+@pytest.mark.parametrize(("kind", "stage"), [(JOIN, 3), (JOIN, 24), (SIGN, 2), (SIGN, 15)])
+def test_session_whose_issuer_changed_is_daa_issuer_settings(at, kind, stage):
+    # No command changes it; the check is the specification's own.
+    bench, platform = at(kind, stage)
+    ((handle, session),) = bench.state.stany.daa_sessions.items()
+    other = replace(session.issuer_settings, daa_digest_n=sha1(b"another issuer"))
+    bench.change("stany", daa_sessions={handle: replace(session, issuer_settings=other)})
+    assert platform.ask(stage).code == ReturnCode.DAA_ISSUER_SETTINGS
+
+
+@pytest.mark.parametrize(("kind", "stage"), [(JOIN, 1), (JOIN, 24), (SIGN, 2), (SIGN, 15)])
+def test_session_whose_credential_changed_is_daa_tpm_settings(at, kind, stage):
+    bench, platform = at(kind, stage)
+    ((handle, session),) = bench.state.stany.daa_sessions.items()
+    other = replace(session.tpm_specific, daa_count=session.tpm_specific.daa_count + 1)
+    bench.change("stany", daa_sessions={handle: replace(session, tpm_specific=other)})
+    assert platform.ask(stage).code == ReturnCode.DAA_TPM_SETTINGS
+
+
+@pytest.mark.parametrize("stage", [16, 20, 24])
+def test_join_session_past_the_stages_of_sign_is_daa_stage(at, stage):
+    _, platform = at(JOIN, stage)
+    platform.ordinal = SIGN
+    assert platform.ask(stage).code == ReturnCode.DAA_STAGE
+
+
 def test_join_session_before_its_issuer_is_no_sign_session(at):
     _, platform = at(JOIN, 2)
     platform.ordinal = SIGN
@@ -571,6 +597,7 @@ def selections(owned_handles):
         (b"\1", b""): ReturnCode.DAA_INPUT_DATA1,
         (b"\0", b""): ReturnCode.DAA_INPUT_DATA1,
         (b"\0", u32(identity) + b"\0"): ReturnCode.DAA_INPUT_DATA1,
+        (b"\0", b"\0" + u32(identity)): ReturnCode.DAA_INPUT_DATA1,
         (b"\0", u32(12345)): ReturnCode.DAA_INPUT_DATA1,
         (b"\0", u32(signer)): ReturnCode.DAA_INPUT_DATA1,
         (b"\0", u32(0x40000000)): ReturnCode.DAA_INPUT_DATA1,

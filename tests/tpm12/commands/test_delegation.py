@@ -1,5 +1,7 @@
 """Families, delegations and the delegate table (Part 3, chapter 19)."""
 
+from dataclasses import replace
+
 import pytest
 
 from protocol.return_codes import ReturnCode
@@ -502,6 +504,18 @@ def test_delegate_passes_on_within_its_family(owned, family):
     assert answer.code == ReturnCode.DELEGATE_FAMILY
     answer = create_key(tpm, public(other, 1, kind=2), by_key(tpm, key_blob(tpm, family)))
     assert answer.code == ReturnCode.DELEGATE_FAMILY
+
+
+def test_delegate_in_a_disabled_family_passes_nothing_on(owned, family):
+    # Disabling a family ends such sessions, so only a state from elsewhere can have one.
+    tpm = owned.tpm
+    updating = owner_blob(tpm, family)
+    sessions = [by_blob(tpm, owner_blob(tpm, family)) for _ in range(2)]
+    row = owned.state.permanent.family_table[family]
+    owned.change("permanent", family_table={family: replace(row, flags=0)})
+    answer = create_owner(tpm, public(family, 1), sessions[0])
+    assert answer.code == ReturnCode.DISABLED_CMD
+    assert update(tpm, updating, sessions[1]).code == ReturnCode.DISABLED_CMD
 
 
 def test_delegate_by_owner_pointer_passes_on_no_more_than_it_has(owned, family):

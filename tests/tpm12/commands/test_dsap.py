@@ -1,5 +1,7 @@
 """Sessions that use a delegation, and the owner pointer (Part 3, §18.1 to §18.4, Part 2 §20)."""
 
+from dataclasses import replace
+
 import pytest
 
 from protocol.constants import Ordinal
@@ -716,6 +718,16 @@ def test_row_that_died_says_why(pointed):
     pointed.change("permanent", delegate_table={})
     session = pointed.tpm.oiap(DEL_AUTH)
     assert owner_pubek(pointed.tpm, session).code == ReturnCode.BADINDEX
+
+
+def test_row_of_key_permissions_acts_for_no_owner(pointed):
+    # No command loads such a row.
+    row = pointed.state.permanent.delegate_table[0]
+    permissions = replace(row.public.permissions, delegate_type=KEY_BITS)
+    bad = replace(row, public=replace(row.public, permissions=permissions))
+    pointed.change("permanent", delegate_table={0: bad})
+    for session in (pointed.tpm.oiap(DEL_AUTH), owner_osap(pointed.tpm, DEL_AUTH)):
+        assert owner_pubek(pointed.tpm, session).code == ReturnCode.AUTHFAIL
 
 
 # -- the client ------------------------------------------------------------------------------------

@@ -169,6 +169,19 @@ def test_what_every_start_resets_is_reset(owned):
     assert owned.state.volatile.self_test == SelfTestState.LIMITED
 
 
+def test_flags_of_stany_are_reset_whatever_was_saved(fresh):
+    stany = fresh.state.stany.clone()
+    stany.post_initialise, stany.transport_exclusive, stany.tos_present = True, 5, True
+    fresh.change("permanent", saved_state=parts_of(fresh, stany=encode_section(stany)))
+    resume(fresh).ok()
+    stany = fresh.state.stany
+    assert (stany.post_initialise, stany.transport_exclusive, stany.tos_present) == (
+        False,
+        0,
+        False,
+    )
+
+
 def test_exclusive_session_ends_with_the_saving(owned):
     session = Transport(owned.tpm, EXCLUSIVE).open()
     save(owned)

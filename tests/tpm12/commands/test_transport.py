@@ -68,7 +68,8 @@ from tpm12.state import SelfTestState, TransportSession
 OIAP, EXTEND, PCR_READ, SIGN, GET_RANDOM, GET_TICKS = 0x0A, 0x14, 0x15, 0x3C, 0x46, 0xF1
 FLUSH, SAVE_STATE, STARTUP, OWNER_CLEAR, GET_CAPABILITY_OWNER = 0xBA, 0x98, 0x99, 0x5B, 0x66
 SHA1_START, SHA1_UPDATE, SHA1_COMPLETE = 0xA0, 0xA1, 0xA2
-GET_TEST_RESULT = 0x54
+GET_TEST_RESULT, SAVE_CONTEXT, DSAP = 0x54, 0xB8, 0x11
+DEL_OWNER_BLOB, DEL_KEY_BLOB = 7, 9
 RT_KEY, RT_AUTH, RT_TRANS = 1, 2, 4
 CIPHERS = [(MGF1, NONE), (AES, CTR), (AES, OFB)]
 
@@ -634,6 +635,27 @@ def test_log_of_a_flush_depends_on_what_is_flushed(owned):
     assert logged(owned, session)
     session.send(0x22, u32(SRK))
     assert logged(owned, session)
+
+
+def test_log_of_saving_a_context_depends_on_what_is_saved(owned):
+    session = hidden(owned, attributes=LOG | ENCRYPT)
+    key, parts = loaded(owned.tpm, signing())
+    session.moduli[key] = parts.modulus
+    for handle, resource in ((key, RT_KEY), (owned.tpm.oiap().handle, RT_AUTH)):
+        session.send(SAVE_CONTEXT, u32(handle) + u32(resource) + bytes(16)).ok()
+        assert logged(owned, session)
+
+
+def test_log_of_a_dsap_has_its_delegation_and_the_key_of_a_key_delegation(owned):
+    """§24.2, 6 g; libtpms takes other bytes for the resource type here, and logs no key."""
+    session = hidden(owned, attributes=LOG | ENCRYPT)
+    key, parts = loaded(owned.tpm, signing())
+    session.moduli[key] = parts.modulus
+    for entity_type in (DEL_KEY_BLOB, DEL_OWNER_BLOB):
+        answer = session.send(DSAP, u16(entity_type) + u32(key) + ZERO + sized(b"no delegation"))
+        assert answer.code != 0
+        assert session.continues
+        assert logged(owned, session)
 
 
 @pytest.mark.parametrize(
