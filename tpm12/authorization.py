@@ -189,10 +189,8 @@ class Authorized:
             TpmError: AUTHFAIL when none came; INVALID_AUTHHANDLE; BAD_MODE for a kind of session
                 that is not allowed here.
         """
-        for by, block in self._declared:
-            if by.over == over and block is not None:
-                return self._find(by, block), block
-        raise TpmError(ReturnCode.AUTHFAIL, f"no session for {over}")
+        by, block, _ = self._declared_use(over)
+        return self._find(by, block), block
 
     def delegation(self, over: str) -> DelegatePublic | None:
         """The delegation whose authority a checked session used; None: the entity's own."""
@@ -237,11 +235,8 @@ class Authorized:
             TpmError: AUTHFAIL, or AUTH2FAIL for the second of two declared sessions;
                 INVALID_AUTHHANDLE; BAD_MODE for a kind of session that is not allowed here.
         """
-        for i, (by, block) in enumerate(self._declared):
-            if by.over == over and block is not None:
-                self._verify(by, block, secret, entity, by.failure(i))
-                return
-        raise TpmError(ReturnCode.AUTHFAIL, f"no session for {over}")
+        by, block, failure = self._declared_use(over)
+        self._verify(by, block, secret, entity, failure)
 
     def verify_owner(self, over: str = "owner") -> None:
         """Check a session against the owner's secret, or a delegate's (TPM_SetOwnerPointer).
@@ -254,9 +249,10 @@ class Authorized:
             raise TpmError(ReturnCode.NOSRK)
         secret = hmac_key(owner_auth)
         row_index = self.tpm.stclear.owner_reference
-        if row_index != _OWNER_ITSELF and self.session(over)[0].protocol == OIAP:
-            secret = self._delegates_secret(over, row_index)
-        self.verify(over, secret, owner_entity(owner_auth))
+        by, block, failure = self._declared_use(over)
+        if row_index != _OWNER_ITSELF and self._find(by, block).protocol == OIAP:
+            secret = self._delegates_secret(block, row_index, failure)
+        self._verify(by, block, secret, owner_entity(owner_auth), failure)
 
     # -- for the dispatcher ------------------------------------------------------------------
 
@@ -320,6 +316,13 @@ class Authorized:
                 return block
         return None
 
+    def _declared_use(self, over: str) -> tuple[AuthBy, AuthBlock, ReturnCode]:
+        """A declared use, the block that came for it, and the code when it proves nothing."""
+        for i, (by, block) in enumerate(self._declared):
+            if by.over == over and block is not None:
+                return by, block, by.failure(i)
+        raise TpmError(ReturnCode.AUTHFAIL, f"no session for {over}")
+
     def _find(self, by: AuthBy, block: AuthBlock) -> Session:
         if block.session is None:
             session = self.tpm.stany.sessions.get(block.handle)
@@ -330,15 +333,12 @@ class Authorized:
             block.session = session
         return block.session
 
-    def _delegates_secret(self, over: str, row_index: int) -> HmacKey:
+    def _delegates_secret(self, block: AuthBlock, row_index: int, failure: ReturnCode) -> HmacKey:
         """Let a row of the delegate table act in the owner's place (Part 3 §18.1, action 4)."""
-        for i, (by, block) in enumerate(self._declared):
-            if by.over == over and block is not None:
-                row = delegation.row_at(self.tpm, row_index)
-                delegation.check_use(self.tpm, row.public, _OWNER_BITS, self.ordinal, by.failure(i))
-                block.delegation = row.public
-                return hmac_key(row.auth_value)
-        raise AssertionError("no session to act by")
+        row = delegation.row_at(self.tpm, row_index)
+        delegation.check_use(self.tpm, row.public, _OWNER_BITS, self.ordinal, failure)
+        block.delegation = row.public
+        return hmac_key(row.auth_value)
 
     def _check_delegate(
         self, session: Session, block: AuthBlock, entity: Entity, failure: ReturnCode

@@ -108,6 +108,7 @@ def _end_everything_open(tpm: Tpm, released_counters: Container[int]) -> None:
     stany.transport_sessions = {}
     stany.transport_exclusive = 0
     stany.context_list = {}
+    stany.daa_sessions = {}
     stclear = tpm.change_stclear()
     stclear.owner_reference = int(KeyHandleValue.OWNER)
     if stclear.count_id in released_counters:

@@ -194,6 +194,23 @@ def test_malformed_contexts(owned, signer, change, code):
     assert load(owned.tpm, change(saved(owned.tpm, signer, KEY))).code == code
 
 
+def own_context(bench, kind, clear, count=0):
+    """A context under the TPM's own keys, around anything."""
+    head = u16(1) + u32(kind) + u32(0x77) + LABEL + u32(count)
+    proof, key = bench.state.permanent.tpm_proof, bench.state.permanent.context_key
+    iv = bytes(range(16))
+    integrity = hmac1(proof, head, ZERO, sized(iv), sized(clear))
+    return head + integrity + sized(iv) + sized(aes_ctr(key, iv, clear))
+
+
+def test_own_context_of_another_version_is_badcontext(owned):
+    nonces = owned.state.stclear.context_nonce_key, owned.state.stany.context_nonce_session
+    for kind, nonce in zip((KEY, AUTH), nonces, strict=True):
+        for clear in (b"", u16(3) + nonce + sized(b""), u16(2) + nonce + sized(b"unknown")):
+            answer = load(owned.tpm, own_context(owned, kind, clear))
+            assert answer.code == ReturnCode.BADCONTEXT
+
+
 def test_keep_handle_other_than_a_boolean_is_bad_parameter(owned, signer):
     blob = saved(owned.tpm, signer, KEY)
     answer = owned.tpm.send(LOAD, u32(0) + b"\2" + sized(blob))
@@ -710,8 +727,9 @@ def test_legacy_session_comes_back_once(owned):
     assert owned.state.stany.legacy_contexts == {}
 
 
-def test_legacy_session_finds_its_key(owned, signer):
+def test_legacy_session_finds_its_key(owned):
     tpm = owned.tpm
+    _, signer = loaded(tpm, signing())[0], loaded(tpm, signing())[0]
     for entity_type, handle, secret in ((ET_KEY, signer, KEY_AUTH), (ET_SRK, SRK, SRK_AUTH)):
         session = tpm.osap(entity_type, handle, secret)
         load_auth(tpm, save_auth(tpm, session.handle)).ok()
@@ -814,17 +832,10 @@ def test_nothing_is_loaded_under_the_factorys_keys(owned):
     tpm.send(RESET).ok()
     owned.change("stany", context_list={count: count})
     clear = u16(2) + owned.state.stany.context_nonce_session + sized(internal)
-    iv = bytes(range(16))
-    head = u16(1) + u32(AUTH) + u32(session.handle) + LABEL + u32(count)
-    bare = head + ZERO + sized(iv) + sized(clear)
-    sensitive = aes_ctr(bytes(16), iv, clear)
-    blob = head + hmac1(ZERO, bare) + sized(iv) + sized(sensitive)
-    assert load(tpm, blob).code == ReturnCode.BADCONTEXT
-    # The same under keys that nobody else knows is as good as the TPM's own.
-    proof, key = sha1(b"proof"), b"contextKey bytes"
-    owned.change("permanent", context_key=key, tpm_proof=proof)
-    blob = head + hmac1(proof, bare) + sized(iv) + sized(aes_ctr(key, iv, clear))
-    load(tpm, blob).ok()
+    assert load(tpm, own_context(owned, AUTH, clear, count)).code == ReturnCode.BADCONTEXT
+    # Under keys that nobody else knows the same is as good as the TPM's own.
+    owned.change("permanent", context_key=b"contextKey bytes", tpm_proof=sha1(b"proof"))
+    load(tpm, own_context(owned, AUTH, clear, count)).ok()
 
 
 def test_saved_delegate_needs_its_secret(owned):

@@ -1,0 +1,440 @@
+"""Where libtpms and we differ on purpose: what each does, and the paragraph that decides.
+
+A difference in a scenario is covered by the deviation whose `steps` match its name ("scenario:
+step", shell patterns) and whose `ordinals` (when given) have its ordinal. What differs without
+being named here fails the differential test, and so does a step that is named and does not differ.
+"""
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deviation:
+    """One question with two answers.
+
+    Attributes:
+        name: Short, unique.
+        commands: The commands it shows in, without TPM_.
+        libtpms, ours: What each does.
+        section: Where the specification speaks of it; parts of TPM Main r116.
+        steps: Patterns of "scenario: step" where both were seen to differ.
+        test: The test of ours that holds our answer, where no scenario shows it.
+    """
+
+    name: str
+    commands: tuple[str, ...]
+    libtpms: str
+    ours: str
+    section: str
+    steps: tuple[str, ...] = ()
+    test: str = ""
+
+    def covers(self, scenario: str, step: str) -> bool:
+        return any(fnmatchcase(f"{scenario}: {step}", pattern) for pattern in self.steps)
+
+
+_MAINTENANCE = (
+    "CreateMaintenanceArchive",
+    "LoadMaintenanceArchive",
+    "KillMaintenanceFeature",
+    "LoadManuMaintPub",
+    "ReadManuMaintPub",
+)
+_NOT_BUILT = (
+    "SetRedirection",
+    "GetOrdinalAuditStatus",
+    "GetCapabilitySigned",
+    "GetAuditEventSigned",
+    "GetAuditEvent",
+    "FieldUpgrade",
+    "CertifySelfTest",
+)
+
+DEVIATIONS: tuple[Deviation, ...] = (
+    Deviation(
+        name="maintenance",
+        commands=_MAINTENANCE,
+        libtpms="not built: BAD_ORDINAL",
+        ours="there, and optional as in the specification",
+        section="Part 3 §12",
+        steps=tuple(f"*: {name} *" for name in _MAINTENANCE),
+    ),
+    Deviation(
+        name="tag of an error",
+        commands=_NOT_BUILT,
+        libtpms="BAD_ORDINAL under the response tag that fits the request's",
+        ours="every error has the tag TPM_TAG_RSP_COMMAND",
+        section="Part 1 §22",
+        steps=tuple(f"*: {name} [12]" for name in _NOT_BUILT),
+    ),
+    Deviation(
+        name="TPM_Init as a command",
+        commands=("Init",),
+        libtpms="BADTAG with sessions",
+        ours="BAD_ORDINAL: it is a signal of the platform",
+        section="Part 3 §3.1",
+        steps=("*: Init [12]", "capabilities: 1 00000097"),
+    ),
+    Deviation(
+        name="commands audited as shipped",
+        commands=("GetAuditDigest", "SetOrdinalAuditStatus"),
+        libtpms="the maintenance commands, which it lacks, are not on its list",
+        ours="the list has them",
+        section="Part 3 §8.2",
+        steps=("*: GetAuditDigest 0",),
+    ),
+    Deviation(
+        name="a refused TPM_SHA1Start",
+        commands=("SHA1Start",),
+        libtpms="ends the computation that is in progress",
+        ours="changes nothing, as every refused command",
+        section="Part 3 §13.1",
+        steps=("*: SHA1Update 0", "*: SHA1Complete 0"),
+    ),
+    Deviation(
+        name="owner commands without an owner",
+        commands=("DirWriteAuth", "NV_WriteValue"),
+        libtpms="looks at the session first: BADTAG, INVALID_AUTHHANDLE",
+        ours="NOSRK",
+        section="Part 3 §27.3.1, §20.2",
+        steps=("unowned: DirWriteAuth *", "unowned: NV_WriteValue 1"),
+    ),
+    Deviation(
+        name="sessions without an owner",
+        commands=("OSAP",),
+        libtpms="NOSRK",
+        ours="open: an NV area or a counter has a secret of its own",
+        section="Part 3 §18.2",
+        steps=("unowned: OSAP *",),
+    ),
+    Deviation(
+        name="eviction without an owner",
+        commands=("EvictKey",),
+        libtpms="NOSRK",
+        ours="allowed: it has nothing to do with an owner",
+        section="Part 3 §27.1.1",
+        steps=("unowned: EvictKey *",),
+    ),
+    Deviation(
+        name="handles and sessions before operands",
+        commands=("ChangeAuth", "UnBind", "ActivateIdentity"),
+        libtpms="single operands are looked at before the session or the key is found",
+        ours="key handles, then sessions, then operands, for every command alike",
+        section="Part 1 §22, Part 3 §17.1, §10.3, §15.2",
+        steps=("owned: ChangeAuth 2", "owned: UnBind [01]", "owned: ActivateIdentity [12]"),
+    ),
+    Deviation(
+        name="SRK of three primes",
+        commands=("TakeOwnership",),
+        libtpms="taken, and made of two",
+        ours="BAD_KEY_PROPERTY",
+        section="Part 3 §6.1",
+        steps=("SRK of three primes: take",),
+    ),
+    Deviation(
+        name="owner secret of 21 bytes",
+        commands=("TakeOwnership",),
+        libtpms="DECRYPT_ERROR",
+        ours="BAD_KEY_PROPERTY, as for one of 19",
+        section="Part 3 §6.1",
+        steps=("owner secret of 21 bytes: take",),
+    ),
+    Deviation(
+        name="order of TPM_RevokeTrust",
+        commands=("RevokeTrust",),
+        libtpms="asks for presence before EKReset",
+        ours="EKReset first (AUTHFAIL), then presence, as the actions are numbered",
+        section="Part 3 §14.3",
+        steps=("endorsement: revoke none",),
+    ),
+    Deviation(
+        name="allowMaintenance after a clear",
+        commands=("OwnerClear", "ForceClear", "RevokeTrust"),
+        libtpms="FALSE, for it has no maintenance",
+        ours="TRUE, the default",
+        section="Part 2 §7.1",
+        steps=("*: revoked: flags 108", "*: cleared: flags 108", "*: again: flags 108"),
+    ),
+    Deviation(
+        name="would such a key fit?",
+        commands=("GetCapability",),
+        libtpms="TPM_CAP_CHECK_LOADED says yes to RSA of 4096 bits, which it cannot load",
+        ours="no",
+        section="Part 2 §21.1",
+        steps=("capabilities: 8 *",),
+    ),
+    Deviation(
+        name="length of a subCap",
+        commands=("GetCapability",),
+        libtpms="DA_LOGIC takes any subCap; SELECT_SIZE judges the first bytes of a short one",
+        ours="refused for its length (BAD_MODE; a structure: BAD_PARAM_SIZE)",
+        section="Part 3 §7.1",
+        steps=(
+            "capabilities: 19 *",
+            "capabilities: 18 00",
+            "capabilities: 18 0001",
+            "capabilities: 18 0000000000",
+        ),
+    ),
+    Deviation(
+        name="order of TPM_SetCapability",
+        commands=("SetCapability",),
+        libtpms="single flags look at the owner and at the value before they look at who asks",
+        ours="who may set it is asked first, as in the table",
+        section="Part 2 §7.1, Part 3 §7.2",
+        steps=("set capabilities: * 12: 1 00000002 01", "set capabilities: owner 16: *"),
+    ),
+    Deviation(
+        name="TPM_Startup of an unknown type",
+        commands=("Startup",),
+        libtpms="BAD_PARAMETER, but the TPM has started",
+        ours="BAD_PARAMETER, and it has not",
+        section="Part 3 §3.2",
+        steps=("start-up: start 0: *", "start-up: pcr 10 0"),
+    ),
+    Deviation(
+        name="TPM_Startup in failure mode",
+        commands=("Startup",),
+        libtpms="INVALID_POSTINIT",
+        ours="FAILEDSELFTEST, as every command but two",
+        section="Part 1 §8",
+        steps=("start-up: start while failed",),
+    ),
+    Deviation(
+        name="kind of a saved context",
+        commands=("LoadContext",),
+        libtpms="decrypts first: DECRYPT_ERROR",
+        ours="a kind that is none is told first: INVALID_RESOURCE",
+        section="Part 3 §21.3",
+        steps=("owned: LoadContext 0",),
+    ),
+    Deviation(
+        name="no structure of any version",
+        commands=("LoadKey2", "Unseal"),
+        libtpms="BAD_VERSION or another code, by which byte is wrong",
+        ours="the code of the structure that the first two bytes announce",
+        section="Part 2 §4.5, §5.1",
+        steps=(
+            "keys: load altered at 0",
+            "keys: load altered at 34",
+            "sealing: unseal altered at 11",
+        ),
+    ),
+    Deviation(
+        name="revision bytes",
+        commands=("LoadKey2", "Unseal"),
+        libtpms="the two revision bytes of STRUCT_VER are hashed as sent",
+        ours="ignored on input and zero on output, so a changed byte does no harm",
+        section="Part 2 §5.1",
+        steps=("keys: load altered at 3", "sealing: unseal altered at 3"),
+    ),
+    Deviation(
+        name="reserved authDataUsage",
+        commands=("CreateWrapKey",),
+        libtpms="any value is taken; all but 0 demand authorization",
+        ours="BAD_KEY_PROPERTY",
+        section="Part 2 §5.9",
+        steps=("keys: make reserved authDataUsage",),
+    ),
+    Deviation(
+        name="explicit default exponent",
+        commands=("CreateWrapKey",),
+        libtpms="a storage key may say 010001",
+        ours="exponentSize must be 0: BAD_KEY_PROPERTY",
+        section="Part 2 §10.2",
+        steps=("keys: make storage with an exponent",),
+    ),
+    Deviation(
+        name="scheme of the signer",
+        commands=("CertifyKey", "CertifyKey2"),
+        libtpms="looked at before the sessions",
+        ours="sessions are proven first, whatever else is wrong",
+        section="Part 3 §13.8, §13.9",
+        steps=(
+            "keys: certify 3[23] storage by DER alone",
+            "keys: certify 3[23] storage by storage alone",
+        ),
+    ),
+    Deviation(
+        name="pcrIgnoredOnRead",
+        commands=("CertifyKey", "CertifyKey2"),
+        libtpms="PCRs of the certified key are checked all the same",
+        ours="reading the public part skips them",
+        section="Part 2 §5.10",
+        steps=("keys: certify 3[23] ignoring", "keys: certify 3[23] ignoring alone"),
+    ),
+    Deviation(
+        name="too much to seal",
+        commands=("Seal",),
+        libtpms="ENCRYPT_ERROR for one byte too many, BAD_DATASIZE for more",
+        ours="BAD_DATASIZE",
+        section="Part 3 §10.1",
+        steps=("sealing: seal 150",),
+    ),
+    Deviation(
+        name="write protection by locality",
+        commands=("NV_DefineSpace",),
+        libtpms="looks at the localities of pcrInfoRead",
+        ours="looks at those of pcrInfoWrite",
+        section="Part 3 §20.1",
+        steps=("nv definitions: define limited *",),
+    ),
+    Deviation(
+        name="no room in NV memory",
+        commands=("NV_DefineSpace",),
+        libtpms="SIZE, from its allocator",
+        ours="NOSPACE",
+        section="Part 3 §20.1",
+        steps=("nv definitions: define much",),
+    ),
+    Deviation(
+        name="OSAP for a handle that is no key",
+        commands=("OSAP",),
+        libtpms="INVALID_RESOURCE for the owner's handle as a key",
+        ours="INVALID_KEYHANDLE",
+        section="Part 3 §18.2",
+        steps=("sessions: OSAP 1 40000001",),
+    ),
+    Deviation(
+        name="flushing a DAA session that is not there",
+        commands=("FlushSpecific",),
+        libtpms="BAD_HANDLE",
+        ours="BAD_PARAMETER",
+        section="Part 3 §22.1",
+        steps=("sessions: flush 8 of nothing",),
+    ),
+    Deviation(
+        name="loading a context where its handle is taken",
+        commands=("LoadContext",),
+        libtpms="refuses, and throws out the key that has the handle",
+        ours="refuses, and leaves that key alone",
+        section="Part 3 §21.3",
+        steps=("contexts: evict",),
+    ),
+    Deviation(
+        name="what is no command inside a transport session",
+        commands=("ExecuteTransport",),
+        libtpms="BAD_ORDINAL or BAD_PARAM_SIZE for the outer command",
+        ours="BAD_PARAMETER: wrappedCmd cannot be parsed",
+        section="Part 3 §24.2",
+        steps=("transport: * wraps e6", "transport: unknown inside"),
+    ),
+    Deviation(
+        name="wrong HMAC of a transport session",
+        commands=("ExecuteTransport",),
+        libtpms="AUTH2FAIL",
+        ours="AUTHFAIL",
+        section="Part 3 §24.2",
+        steps=("transport: wrong HMAC",),
+    ),
+    Deviation(
+        name="enabling a family with neither TRUE nor FALSE",
+        commands=("Delegate_Manage",),
+        libtpms="any byte but 0 is TRUE",
+        ours="BAD_PARAMETER",
+        section="Part 2 §2.2.4",
+        steps=("delegation: enable b'\\x02'",),
+    ),
+    Deviation(
+        name="bytes behind a delegate row's number",
+        commands=("DSAP",),
+        libtpms="not looked at",
+        ours="BAD_PARAM_SIZE",
+        section="Part 3 §18.3",
+        steps=("delegation: DSAP 8 blob", "delegation: DSAP 8 altered"),
+    ),
+    Deviation(
+        name="auditing an ordinal that is not there",
+        commands=("SetOrdinalAuditStatus",),
+        libtpms="BAD_PARAMETER",
+        ours="BADINDEX",
+        section="Part 3 §8.5",
+        steps=("auditing: audit 7777 1",),
+    ),
+    Deviation(
+        name="a key that is said to be sealed data",
+        commands=("ChangeAuth",),
+        libtpms="re-encrypted as if it were",
+        ours="INVALID_STRUCTURE",
+        section="Part 3 §17.1",
+        steps=("new secrets: change key as data",),
+    ),
+    Deviation(
+        name="the scheme that the owner authorized",
+        commands=("CreateMigrationBlob",),
+        libtpms="ignored: an authorization for one scheme serves another",
+        ours="BAD_MODE when it is not the one that is asked for",
+        section="Part 3 §11.1",
+        steps=("migration: blob [34] [12] key",),
+    ),
+    Deviation(
+        name="NV offset plus size",
+        commands=("NV_ReadValue", "NV_WriteValue", "NV_ReadValueAuth", "NV_WriteValueAuth"),
+        libtpms="added in 32 bits: a read past the area ends the process",
+        ours="wide arithmetic, NOSPACE",
+        section="Part 3 §20.2, §20.4",
+        test="test_past_the_end_is_nospace",
+    ),
+    Deviation(
+        name="a redefinition that is refused",
+        commands=("NV_DefineSpace",),
+        libtpms="has deleted the old area; 0.9.2 then enters failure mode",
+        ours="the old area stays",
+        section="Part 3 §20.1",
+        test="test_define_again_that_fails_leaves_the_old_area",
+    ),
+    Deviation(
+        name="limit on NV writes without authorization",
+        commands=("NV_WriteValue",),
+        libtpms="also while there is an owner",
+        ours="before there is an owner",
+        section="Part 3 §20.2",
+        test="test_with_an_owner_nothing_is_counted",
+    ),
+    Deviation(
+        name="an OSAP session of one fresh NV area",
+        commands=("NV_ReadValueAuth", "NV_WriteValueAuth"),
+        libtpms="opens another area with the same secret",
+        ours="AUTHFAIL",
+        section="Part 3 §18.2",
+        test="test_osap_session_of_an_area_does_not_open_another_with_the_same_secret",
+    ),
+    Deviation(
+        name="renewing the DAA secrets",
+        commands=("SetCapability",),
+        libtpms="anybody may, which destroys every DAA credential",
+        ours="the owner",
+        section="Part 2 §7.4",
+        test="test_daa_secrets_are_renewed_by_the_owner_only",
+    ),
+    Deviation(
+        name="codes of TPM_ActivateIdentity",
+        commands=("ActivateIdentity",),
+        libtpms="AUTHFAIL and AUTH2FAIL swapped",
+        ours="first block AUTHFAIL, second AUTH2FAIL",
+        section="Part 3 §15.2",
+        steps=("identities: activate block [01] wrong",),
+    ),
+    Deviation(
+        name="schemes of an EK",
+        commands=("CreateEndorsementKeyPair", "CreateRevocableEK"),
+        libtpms="others than its own are refused",
+        ours="ignored, and the EK's own are told",
+        section="Part 3 §14.1",
+        test="test_create_ek_ignores_the_schemes_and_tells_its_own",
+    ),
+    Deviation(
+        name="ticks",
+        commands=("GetTicks",),
+        libtpms="from the wall clock; a step back is failure mode",
+        ours="from a monotonic clock",
+        section="Part 3 §23.1",
+        test="test_ticks_hold_for_longer_than_32_bits",
+    ),
+)
+
+
+def deviation_for(scenario: str, step: str) -> Deviation | None:
+    """The one that covers a difference."""
+    return next((each for each in DEVIATIONS if each.covers(scenario, step)), None)

@@ -1,0 +1,118 @@
+"""Every ordinal in every state of the TPM, and requests of every wrong shape.
+
+The operands decode and name nothing that is there, so the answer is that of the gates and of the
+first checks: before start-up, disabled, deactivated, without an owner, with one.
+"""
+
+from protocol.constants import Ordinal
+from tests.tpm12.test_ordinals import TABLE, body_for
+from tests.tpm12.witness import COMMAND, OWNER_AUTH, frame, u8, u16
+from tpm12.commands import ALL
+
+PHYSICAL_PRESENCE, OWNER_SET_DISABLE, SET_TEMP_DEACTIVATED = 0x4000000A, 0x6E, 0x73
+PHYSICAL_DISABLE, PHYSICAL_ENABLE = 0x70, 0x6F
+CHANGES_THE_STATE = {
+    # What succeeds here, or ends the state that is looked at.
+    Ordinal.STARTUP,
+    Ordinal.PHYSICAL_ENABLE,
+    Ordinal.PHYSICAL_DISABLE,
+    Ordinal.FORCE_CLEAR,
+    Ordinal.DISABLE_FORCE_CLEAR,
+    Ordinal.SET_TEMP_DEACTIVATED,
+    Ordinal.PHYSICAL_SET_DEACTIVATED,
+    Ordinal.SET_OWNER_INSTALL,
+    Ordinal.NV_DEFINE_SPACE,
+    Ordinal.CREATE_ENDORSEMENT_KEY_PAIR,
+    Ordinal.CREATE_REVOCABLE_EK,
+}
+COMMANDS = {declared.ordinal: declared for declared in ALL}
+
+
+def every_ordinal(side):
+    """Each ordinal with each number of sessions, all unknown; those without operands too."""
+    for ordinal, row in TABLE.items():
+        if row["section"] == "Xen" or ordinal in CHANGES_THE_STATE:
+            continue
+        declared = COMMANDS.get(ordinal)
+        body = body_for(declared) if declared else b""
+        for count in range(3):
+            request = frame(ordinal, body + bytes(45 * count), COMMAND + count)
+            side.tpm.raw(request)
+            side.note(f"{row['name']} {count}")
+
+
+def before_startup(side):
+    side.power_on()
+    every_ordinal(side)
+
+
+def unowned(side):
+    every_ordinal(side)
+
+
+def owned(side):
+    every_ordinal(side)
+
+
+def disabled(side):
+    session = side.tpm.oiap(OWNER_AUTH).ending()
+    side.note("disable", side.tpm.auth(OWNER_SET_DISABLE, u8(1), session))
+    every_ordinal(side)
+
+
+def deactivated(side):
+    side.note("presence", side.tpm.assert_presence())
+    side.note("deactivate", side.tpm.send(SET_TEMP_DEACTIVATED))
+    every_ordinal(side)
+
+
+def started_deactivated(side):
+    side.power_on()
+    side.note("start", side.tpm.send(Ordinal.STARTUP, u16(3)))
+    every_ordinal(side)
+
+
+def shapes(side):
+    """Each ordinal cut short, one byte too long, and without its sessions' bytes."""
+    for ordinal, row in TABLE.items():
+        declared = COMMANDS.get(ordinal)
+        if declared is None or ordinal in CHANGES_THE_STATE:
+            continue
+        body = body_for(declared)
+        count = max(declared.sessions_by_count)
+        whole = body + bytes(45 * count)
+        cuts = {0, 1, 3, 4, len(body) // 2, len(body) - 1, len(body), len(whole) - 1}
+        for cut in sorted(cut for cut in cuts if 0 <= cut < len(whole)):
+            side.tpm.raw(frame(ordinal, whole[:cut], COMMAND + count))
+            side.note(f"{row['name']} cut at {cut}")
+        side.tpm.raw(frame(ordinal, whole + b"\0", COMMAND + count))
+        side.note(f"{row['name']} and a byte")
+
+
+def frames(side):
+    """What is no frame."""
+    for request in (
+        b"\0\xc1\0\0\0\x0b\0\0\0\x0a",
+        b"\0\xc1\0\0\0\x09\0\0\0\x0a",
+        b"\0\xc0\0\0\0\x0a\0\0\0\x0a",
+        b"\0\xc4\0\0\0\x0a\0\0\0\x0a",
+        b"\0\xc1\xff\xff\xff\xff\0\0\0\x0a",
+        b"\0\xc1\0\0\0\x0a\0\0\0\x0b",
+        b"\0\xc1\0\0\0\x0a\0\0\x01\x0b",
+        b"\0\xc1\0\0\0\x0a\x40\0\0\x0b",
+        b"\0\xc1\0\0\0\x0a\xff\xff\xff\xff",
+    ):
+        side.tpm.raw(request)
+        side.note(request.hex())
+
+
+SCENARIOS = {
+    "before start-up": ("owned", before_startup),
+    "unowned": ("with_ek", unowned),
+    "owned": ("owned", owned),
+    "disabled": ("owned", disabled),
+    "deactivated": ("owned", deactivated),
+    "started deactivated": ("owned", started_deactivated),
+    "shapes": ("owned", shapes),
+    "frames": ("owned", frames),
+}
