@@ -211,6 +211,8 @@ class _DiskReader:
             raise WrongTextError("it has no target (the path of its image)", at)
         if any(not character.isprintable() for character in target):
             raise WrongTextError("its target has characters that are not printable", at)
+        if ".." in target.split("/"):
+            raise WrongTextError("its target has a .. part and could leave the root", at)
         # xl-disk-configuration(5): a path that does not start with / is one in /dev.
         return target if not target or target.startswith("/") else f"/dev/{target}"
 

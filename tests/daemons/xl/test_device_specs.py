@@ -87,6 +87,7 @@ def test_parse_disk_format_by_prefix_or_by_name(format_):
         ("zip:/x,hda,w", "not a prefix", 0),
         ("raw:/x,hda:floppy,w", "not a type", 7),
         ("/a\x1b,,hda", "not printable", 0),
+        ("file:/a/../../etc/shadow,hda,w", "has a .. part", 5),
         ("/" + "x" * 5000, "4096", 0),
     ],
 )
