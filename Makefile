@@ -1,13 +1,14 @@
 # Two commands set up all they need, as root or not, on a machine with Python 3.11 or newer:
-#   make demo     the whole story on one screen
-#   make test     all tests; PYTEST_ARGS="tests/tpm12 -k seal" for some of them
+#   make demo           the whole story on one screen
+#   make test           all tests; PYTEST_ARGS="tests/tpm12 -k seal" for some of them
 # For developers:
-#   make lint     style, types, direction of imports (make -k lint: all of them, also after a failure)
-#   make bench    the stack against swtpm
-#   make conformance   write docs/conformance.md anew
-#   make clean    remove what these made
+#   make lint           style, types, direction of imports (make -k lint: all of them, also after a failure)
+#   make bench          the stack against swtpm
+#   make conformance    write docs/conformance.md anew
+#   make clean          remove what these made
 PYTHON ?= python3
-PYTEST_ARGS ?=
+# One file's tests stay together: those of tests/system share a stack, in their order.
+PYTEST_ARGS ?= -n 2 --dist loadfile
 
 .PHONY: demo test lint style types layering bench conformance clean for-users for-developers
 

@@ -1,4 +1,4 @@
-"""What holds for all tests: how chance is ruled.
+"""What holds for all tests: how chance is ruled, and that Ctrl-C can be tested.
 
 In CI every test draws the same numbers in every run. Elsewhere Hypothesis looks for new cases each
 time. With `--seed N` all that is drawn follows from N; what a failed test was drawn from is shown
@@ -6,6 +6,7 @@ with it.
 """
 
 import os
+import signal
 
 import pytest
 from hypothesis import settings
@@ -23,6 +24,9 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # So does a shell start what it runs in the background, and all our children would have it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     seed = config.getoption("seed")
     if seed is not None:
         config.option.hypothesis_seed = seed
