@@ -458,6 +458,9 @@ class TisDriver:
     def relinquish(self) -> Steps[None]:
         """Give the locality up; a command that runs is aborted."""
         yield from self._write(Register.ACCESS, Access.ACTIVE_LOCALITY)
+        # Writes are posted: without reading back, who goes on over another connection may be there
+        # before it was given up, and a hash sequence would be refused.
+        yield from self._access()
 
     def _expect_hashing(self, cycle: str) -> Steps[None]:
         access = yield from self._access()
