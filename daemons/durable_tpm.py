@@ -1,24 +1,28 @@
 """A TPM whose permanent changes are stored before anyone hears of them.
 
-The chip and every vTPM are one of these: an engine, and a store for its permanent section. A change
-that cannot be stored fails the command and stays undone.
+The chip and every vTPM are one of these: an engine, a store for its permanent section, and a memory
+for the rest, from which the next process goes on when this one is killed. A change that cannot be
+stored fails the command and stays undone.
 
-Leaves to others: where the bytes go (`chip_memory.py`, `vtpm/image.py`), who may send commands.
+Leaves to others: where the bytes go (`chip_memory.py`, `vtpm/image.py`, `volatile_memory.py`), who
+may send commands.
 
 Invariants:
 - A response that reports a permanent change leaves only after `store.save` has returned.
+- A response that reports any change leaves only after the memory has it.
 - One command at a time; callers hold the lock of their connection or ring.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
-import structlog
-
+from daemons import logs
 from daemons.errors import Failure
+from daemons.journal import KEY_BYTES
+from daemons.volatile_memory import NO_NOTES, Notes, VolatileMemory
 from daemons.world import SystemClock, SystemRng
 from protocol.constants import (
     DIGEST_BYTES,
@@ -57,6 +61,10 @@ _CREATE_EK = _command(
 )
 
 
+NotesOf = Callable[[bytes], Notes]
+"""Gives what is to be remembered with a command, from its response."""
+
+
 class PermanentStore(Protocol):
     """Keeps one permanent section."""
 
@@ -86,12 +94,17 @@ class DurableTpm:
         commands: The declared commands.
         rng: Randomness; the system's when None.
         key_generator: Where RSA keys come from; OpenSSL, and `rng` for what it has not, when None.
+        memory: What outlives a killed process; None: nothing does.
+
+    Attributes:
+        is_new: Nothing was ever stored.
+        is_resumed: It goes on where a killed process was; no power-on comes first.
 
     Raises:
-        Failure: The stored state cannot be read.
+        Failure: The stored state, or what the memory has, cannot be read.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the world of a TPM
         self,
         store: PermanentStore,
         *,
@@ -99,14 +112,19 @@ class DurableTpm:
         commands: Iterable[Command],
         rng: StirrableRng | None = None,
         key_generator: KeyGenerator | None = None,
+        memory: VolatileMemory | None = None,
     ) -> None:
         self._store = store
+        self._memory = memory
         rng = rng or SystemRng()
         state = factory_state()
         permanent = store.load()
         self.is_new = permanent is None
+        self.is_resumed = False
         if permanent is not None:
             state.permanent = permanent
+        if memory is not None:
+            state = self._recalled(memory, state, rng)
         self._engine = Engine(
             state,
             rng=rng,
@@ -121,17 +139,66 @@ class DurableTpm:
         """The state as the last kept command left it."""
         return self._engine.state
 
-    def execute(self, request: bytes, locality: int) -> bytes:
-        """Run one command and give its response."""
-        outcome = self._engine.execute(request, locality)
+    @property
+    def notes(self) -> Notes:
+        """What is remembered beside the state."""
+        return NO_NOTES if self._memory is None else self._memory.notes
+
+    def _recalled(self, memory: VolatileMemory, state: State, rng: StirrableRng) -> State:
+        """The state as a killed process left it, or the given one; with a key for the memory.
+
+        Raises:
+            Failure: What it left cannot be read.
+        """
+        if state.permanent.journal_key is None:
+            permanent = state.permanent.clone()
+            permanent.journal_key = rng.random(KEY_BYTES)
+            if not self.is_new:
+                self._store.save(permanent)
+            state.permanent = permanent
+        left = None if self.is_new else memory.recall(state.permanent)
+        if left is None:
+            return state
+        self.is_resumed = True
+        state = State(state.permanent, left.stclear, left.stany, left.volatile)
+        memory.begin(state, left.notes)
+        return state
+
+    def execute(self, request: bytes, locality: int, notes: NotesOf | None = None) -> bytes:
+        """Run one command and give its response.
+
+        Args:
+            request: The command.
+            locality: Of who sends it.
+            notes: What to remember with its changes; not asked when it changes nothing.
+        """
+        engine = self._engine
+        outcome = engine.execute(request, locality)
+        state = outcome.state
         if outcome.permanent_changed:
-            return self._store_then_keep(outcome)
-        self._engine.state = outcome.state
+            return self._store_then_keep(outcome, notes)
+        if state is not engine.state:
+            if self._memory is not None:
+                self._memory.changed(state, notes(outcome.response) if notes else NO_NOTES)
+            engine.state = state
         return outcome.response
+
+    def remember(self, notes: Notes) -> None:
+        """Remember notes without any change of state; from any thread."""
+        if self._memory is not None:
+            self._memory.note(notes)
 
     def power_on(self) -> None:
         """TPM_Init."""
-        self._engine.keep(self._engine.power_on())
+        state = self._engine.power_on().state
+        if self._memory is not None and not self._memory.is_kept:
+            self._memory.begin(state)
+        self._keep(state)
+
+    def power_off(self) -> None:
+        """The power goes: what the memory has is true no longer."""
+        if self._memory is not None:
+            self._memory.forget()
 
     def power_on_and_start(self, startup_type: StartupType = StartupType.CLEAR) -> None:
         """TPM_Init and TPM_Startup, as a platform's firmware does.
@@ -166,11 +233,11 @@ class DurableTpm:
         state = self._engine.state
         stclear = state.stclear.clone()
         stclear.pcrs = {**stclear.pcrs, **values}
-        self._engine.state = State(state.permanent, stclear, state.stany, state.volatile)
+        self._keep(State(state.permanent, stclear, state.stany, state.volatile))
 
     def set_physical_presence(self, *, asserted: bool) -> None:
         """The hardware pin."""
-        self._engine.keep(self._engine.physical_presence_pin(asserted=asserted))
+        self._keep(self._engine.physical_presence_pin(asserted=asserted).state)
 
     def hash_start(self) -> bool:
         """The bus cycle TPM_HASH_START; False when it fails."""
@@ -215,27 +282,43 @@ class DurableTpm:
         self.is_new = False
 
     def _bus_cycle(self, outcome: Outcome) -> bool:
-        if outcome.permanent_changed:
-            try:
-                self._store.save(outcome.state.permanent)
-            except Failure as failure:
-                _log_unsaved(failure)
-                return False
-        self._engine.keep(outcome)
+        if not outcome.permanent_changed:
+            self._keep(outcome.state)
+        elif not self._is_stored(outcome, NO_NOTES):
+            return False
         return outcome.code is ReturnCode.SUCCESS
 
-    def _store_then_keep(self, outcome: Outcome) -> bytes:
+    def _keep(self, state: State) -> None:
+        """Make a state the TPM's that has nothing to store."""
+        if self._memory is not None:
+            self._memory.changed(state)
+        self._engine.state = state
+
+    def _store_then_keep(self, outcome: Outcome, notes: NotesOf | None) -> bytes:
+        if self._is_stored(outcome, notes(outcome.response) if notes else NO_NOTES):
+            return outcome.response
+        return self._engine.refuse(outcome)
+
+    def _is_stored(self, outcome: Outcome, notes: Notes) -> bool:
+        """Store a permanent change and make it the TPM's; False: neither."""
+        memory = self._memory
+        if memory is not None:
+            memory.prepare(outcome.state, notes)
         try:
             self._store.save(outcome.state.permanent)
         except Failure as failure:
             _log_unsaved(failure)
-            return self._engine.refuse(outcome)
+            if memory is not None:
+                memory.dropped()
+            return False
+        if memory is not None:
+            memory.stored(outcome.state, notes)
         self._engine.keep(outcome)
-        return outcome.response
+        return True
 
 
 def _log_unsaved(failure: Failure) -> None:
-    structlog.get_logger().error(
+    logs.get_logger().error(
         "a change could not be stored; the command failed and changed nothing",
         what=failure.what,
         why=failure.why,

@@ -1,13 +1,15 @@
 """hwtpmd: the hardware TPM. An engine behind TIS registers, on a socket that stands for the bus.
 
 It begins without power. The platform (domain 0, the launcher's firmware) powers it on through its
-pins, sends TPM_Startup and measures; the manager drives it through the pages it was granted.
+pins, sends TPM_Startup and measures; the manager drives it through the pages it was granted. A
+process that finds the journal of a killed one has its power, its registers and its state.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,17 +23,26 @@ from daemons import logs, policy, settings
 from daemons.chip_memory import ChipMemory
 from daemons.durable_tpm import DurableTpm
 from daemons.errors import ExitCode, Failure
-from daemons.listeners import Kind, PeerCredentials, listen
+from daemons.journal import GO_ON, missing
+from daemons.listeners import Kind, PeerCredentials, activated_or_listen
 from daemons.places import CHIP_NAME, Places
 from daemons.registry import Registry, Role
 from daemons.sd_notify import Notifier
+from daemons.self_test import pass_self_test
 from daemons.service import run_daemon
 from daemons.tis_server import TisPeer, TisServer, TisSettings, serve_tis
+from daemons.volatile_memory import VolatileMemory
+from hwtpm.tis_device import PendingCommand
 from protocol.constants import LOCALITY_MAX
 from tpm12.commands import ALL
 from tpm12.profile import CHIP
 
 PROGRAM: Final = "hwtpmd"
+SOCKET_NAME: Final = "tis"
+"""What the socket is called when systemd passes it."""
+_REGISTERS: Final = "registers"
+_ANSWERED: Final = "answered"
+_SERIAL: Final = struct.Struct(">Q")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +64,7 @@ class Chip:
     def __init__(self, tpm: DurableTpm, tell: Callable[[str], None] = lambda _: None) -> None:
         self._tpm = tpm
         self._tell = tell
-        tell("without power")
+        tell("powered on" if tpm.is_resumed else "without power")
 
     @property
     def established(self) -> bool:
@@ -83,7 +94,8 @@ class Chip:
         structlog.get_logger().info("power is on")
 
     def power_off(self) -> None:
-        """Nothing to store: permanent state is stored with every change."""
+        """Forget what is volatile; permanent state is stored with every change."""
+        self._tpm.power_off()
         self._tell("without power")
         structlog.get_logger().info("power is off")
 
@@ -92,11 +104,42 @@ class Chip:
         self._tpm.set_physical_presence(asserted=is_asserted)
 
 
+class Registers:
+    """The registers, remembered beside the engine's state (`RegisterMemory`).
+
+    Args:
+        tpm: The engine on its memory.
+    """
+
+    def __init__(self, tpm: DurableTpm) -> None:
+        self._tpm = tpm
+
+    def recall(self) -> tuple[bytes, int, bytes] | None:
+        """The registers, and serial and response of the last command that changed anything."""
+        notes = self._tpm.notes
+        if _REGISTERS not in notes:
+            return None
+        answered = notes.get(_ANSWERED, bytes(_SERIAL.size))
+        return notes[_REGISTERS], _SERIAL.unpack_from(answered)[0], answered[_SERIAL.size :]
+
+    def remember(self, registers: bytes) -> None:
+        """Keep the registers."""
+        self._tpm.remember({_REGISTERS: registers})
+
+    def run(self, command: PendingCommand) -> bytes:
+        """Run a command; its response is remembered with what it changed."""
+        serial = _SERIAL.pack(command.serial)
+        return self._tpm.execute(
+            command.request, command.locality, lambda response: {_ANSWERED: serial + response}
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """Arguments of the process."""
 
     root: Path
+    must_go_on: bool = False
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -104,8 +147,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=PROGRAM, description="The emulated hardware TPM 1.2.")
     parser.add_argument("--root", type=Path, default=Path("/"), help="root of the installation")
     parser.add_argument("--domain", default=CHIP_NAME, help=argparse.SUPPRESS)
+    parser.add_argument(GO_ON, action="store_true", help="refuse to start without a journal")
     found = parser.parse_args(argv)
-    return run_daemon(PROGRAM, partial(_run, Options(root=found.root)))
+    options = Options(root=found.root, must_go_on=found.go_on)
+    return run_daemon(PROGRAM, partial(_run, options))
 
 
 async def _run(options: Options) -> None:
@@ -115,13 +160,20 @@ async def _run(options: Options) -> None:
     notifier = Notifier.from_environment(os.environ)
     places.make_private(places.chip_memory.parent)
     memory = await trio.to_thread.run_sync(ChipMemory.open, places.chip_memory)
-    tpm = DurableTpm(memory, profile=CHIP, commands=ALL)
+    volatile = VolatileMemory(places.domain(CHIP_NAME).journal, CHIP_NAME)
+    tpm = DurableTpm(memory, profile=CHIP, commands=ALL, memory=volatile)
+    if options.must_go_on and not tpm.is_resumed:
+        raise missing(places.domain(CHIP_NAME).journal)
     if tpm.is_new:
         tpm.save_as_new()
+    await trio.to_thread.run_sync(pass_self_test, tpm.state.permanent, CHIP, ALL)
     chip = Chip(tpm, notifier.status)
     admit = admission(Registry(places.registry), policy.load(places.policy))
-    server = TisServer(chip, admit, settings=chosen.tis)
-    listener = listen(places.tis_socket, Kind.SEQPACKET)
+    server = TisServer(chip, admit, memory=Registers(tpm), settings=chosen.tis)
+    if tpm.is_resumed:
+        structlog.get_logger().info("went on where a killed process was")
+        await trio.to_thread.run_sync(server.run_recalled_command)
+    listener = activated_or_listen(SOCKET_NAME, places.tis_socket, Kind.SEQPACKET)
     await serve_tis(listener, server)
 
 

@@ -23,6 +23,7 @@ import trio
 
 from daemons import logs
 from daemons.errors import ExitCode, Failure
+from daemons.launcher.adoption import OldStack, find_old_stack, note_ready
 from daemons.launcher.chip import Chip, Firmware
 from daemons.launcher.control import ControlServer
 from daemons.launcher.devices import Devices
@@ -30,7 +31,13 @@ from daemons.launcher.domain import PROGRAMS
 from daemons.launcher.domains import Domains
 from daemons.launcher.last_words import read_last_words
 from daemons.launcher.launcher_settings import LauncherSettings
-from daemons.launcher.leftovers import launcher_lock, refuse_leftovers, remove_remains
+from daemons.launcher.leftovers import (
+    end_leftovers_of,
+    find_leftovers,
+    launcher_lock,
+    remove_remains,
+    remove_sockets,
+)
 from daemons.launcher.methods import Methods
 from daemons.launcher.notifications import hear_notifications
 from daemons.launcher.processes import become_child_subreaper
@@ -176,16 +183,19 @@ async def run_launcher(root: str | None, world: World) -> None:
     """Be the launcher until SIGTERM, SIGINT or the method `stop`.
 
     Raises:
-        Failure: Another one runs, an old stack does, or the places, settings or policy are not as
-            they should be.
+        Failure: Another one runs, or the places, settings or policy are not as they should be.
     """
     places = Places.choose(root, os.environ)
     settings = load_settings(places.settings(PROGRAM), LauncherSettings)
     logs.configure(PROGRAM, level=settings.log_level)
     places.prepare()
     with launcher_lock(places):
-        refuse_leftovers(places)
-        remove_remains(places)
+        old = find_old_stack(places)
+        if old is None:
+            end_leftovers_of(places)
+            remove_remains(places)
+        else:
+            remove_sockets(places)
         become_child_subreaper()
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the terminal may go, the platform stays
         spawner = Spawner(world.programs, title=f"vtpm fork server {places.root}", warm=world.warm)
@@ -194,9 +204,11 @@ async def run_launcher(root: str | None, world: World) -> None:
         with listen_for_notifications(places.notify_socket) as notify:
             registry.put(_own_record(load_policy(places.policy).default_label(Role.DOMAIN0)))
             try:
-                await _Launcher(places, settings, spawner, registry, world).run(notify)
+                await _Launcher(places, settings, spawner, registry, world).run(notify, old)
             finally:
-                remove_remains(places)
+                # One that could not take an old stack over leaves it as it is.
+                if not find_leftovers(places):
+                    remove_remains(places)
 
 
 def _own_record(label: str) -> DomainRecord:
@@ -230,8 +242,8 @@ class _Launcher:
         self._world = world
         self._ended = trio.Event()
 
-    async def run(self, notify: Listener) -> None:
-        """Serve until everything is stopped.
+    async def run(self, notify: Listener, old: OldStack | None) -> None:
+        """Serve until everything is stopped; first take over what an earlier launcher has left.
 
         Who finds the control socket finds a launcher that can start daemons: it is there only when
         the fork server is ready.
@@ -250,6 +262,8 @@ class _Launcher:
                     hear_notifications, notify, partial(_pass_notification, stack, chip)
                 )
                 await self._spawner.ready()
+                if old is not None:
+                    await domains.adopt(old)
                 control = listening.enter_context(listen(self._places.launcher_socket, Kind.STREAM))
                 await nursery.start(server.serve, control)
                 notifier = Notifier.from_environment(os.environ)
@@ -298,6 +312,8 @@ def _pass_notification(stack: Stack, chip: Chip, pid: int, fields: Mapping[str, 
     for domain in stack.domains.values():
         if domain.external is None and domain.pid == pid:
             domain.supervisor.notified(fields)
+            if fields.get("READY") == "1":
+                note_ready(stack.places, domain.name)
             return True
     return False
 

@@ -518,6 +518,15 @@ class InheritedSockets:
         self._sockets.clear()
 
 
+def activated_or_listen(name: str, path: Path, kind: Kind) -> Listener:
+    """Use the socket that systemd passed to this process under a name, else bind one at the path.
+
+    Raises:
+        Failure: What systemd passed cannot be used; or as `listen`.
+    """
+    return inherit_or_listen(InheritedSockets.from_environment(os.environ), name, path, kind)
+
+
 def inherit_or_listen(
     inherited: InheritedSockets, name: str, path: Path, kind: Kind, backlog: int = BACKLOG
 ) -> Listener:

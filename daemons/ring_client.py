@@ -57,6 +57,10 @@ class RingLost(Failure):
     """The backend is gone and what became of the request is not known."""
 
 
+class RingForgotten(RingLost):
+    """The backend is there again, and has lost its memory of what it had executed."""
+
+
 class RingRefused(Failure):
     """The backend does not take this frontend."""
 
@@ -276,7 +280,8 @@ class RingClient:
         if fate is Fate.UNKNOWN and self._ring.outstanding is not None:
             self._ring.abandon()
             if not self._may_run_twice:
-                raise self._lost("it has lost its memory of this ring in between") from reason
+                why = "it has lost its memory of this ring in between"
+                raise self._lost(why, RingForgotten) from reason
 
     def _attempt(self, request: bytes, locality: int) -> bytes:
         """Submit, or resubmit what is outstanding, and wait for the answer on this connection."""
@@ -370,8 +375,8 @@ class RingClient:
             while message := connection.recv(MESSAGE_BYTES_MAX + 1):
                 self._ring.receive(message)
 
-    def _lost(self, why: str) -> RingLost:
-        return RingLost(
+    def _lost(self, why: str, kind: type[RingLost] = RingLost) -> RingLost:
+        return kind(
             f"the backend at {self.path} is lost",
             why=why,
             next_step="See what runs with: vtpm status. Then repeat the command.",

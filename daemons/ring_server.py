@@ -21,6 +21,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import partial
 from typing import Final, Protocol, TypeVar
 
 import structlog
@@ -175,16 +176,20 @@ class RingSettings:
     """How long running commands may take after a stop was asked for, in seconds."""
 
 
-async def serve_rings(  # noqa: PLR0913 - three and three named ones
+async def serve_rings(  # noqa: PLR0913 - three and four named ones
     listener: Listener,
     backend: RingBackend,
     admit: Callable[[PeerCredentials], RingPeer],
     *,
     responses: ResponseStore | None = None,
     settings: RingSettings | None = None,
+    is_alive: Callable[[], object] | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve rings until a signal; arguments as for `RingServer`, end as for `service.serve`."""
+    """Serve rings until a signal; arguments as for `RingServer`, end as for `service.serve`.
+
+    `is_alive` is called between two commands of the rings.
+    """
     settings = settings or RingSettings()
     server = RingServer(backend, admit, responses=responses, settings=settings)
     await serve(
@@ -192,6 +197,7 @@ async def serve_rings(  # noqa: PLR0913 - three and three named ones
         [listener],
         drain_s=settings.drain_s,
         connections_max=settings.connections_max,
+        is_alive=None if is_alive is None else partial(server.in_turn, is_alive),
         task_status=task_status,
     )
 
@@ -248,6 +254,11 @@ class RingServer:
             _log(peer).info("half-open connection ended", reason="the domain has newer ones")
         if carrier is not None:
             await self._carry(connection, carrier)
+
+    def in_turn(self, work: Callable[[], object]) -> None:
+        """Run something between two commands; for a thread that may wait."""
+        with self._behind.turn:
+            work()
 
     @contextlib.contextmanager
     def _half_open_scope(self, domain: str) -> Iterator[trio.CancelScope]:

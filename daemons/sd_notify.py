@@ -23,6 +23,9 @@ from daemons.listeners import Kind, Listener, listen, socket_address
 DATAGRAM_BYTES_MAX: Final = 4096
 FIELDS_MAX: Final = 32
 STATUS_CHARS_MAX: Final = 512
+NO_COMMAND: Final = b""
+"""What an engine is asked, to see that it answers: too short for a command, so the answer is
+TPM_BAD_PARAM_SIZE and nothing in the TPM has changed."""
 SEND_S: Final = 1.0
 """A launcher that does not read must not hold up its children for longer."""
 

@@ -37,6 +37,8 @@ DRAIN_S: Final = 5.0
 CONNECTIONS_MAX: Final = 512
 ACCEPT_RETRY_S: Final = 0.1
 """Pause after the system had no descriptor or memory for one more connection."""
+PINGS: Final = 3
+"""So many answers are told in the time after which the service manager would kill us."""
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 PEER_FAULTS: Final[tuple[type[Exception], ...]] = (
@@ -71,13 +73,14 @@ class Connection:
 Handler = Callable[[Connection], Awaitable[None]]
 
 
-async def serve(  # noqa: PLR0913 - two and four named ones; the style's limit is six
+async def serve(  # noqa: PLR0913 - two and five named ones, each with a default
     handler: Handler,
     listeners: Sequence[Listener],
     *,
     drain_s: float = DRAIN_S,
     connections_max: int = CONNECTIONS_MAX,
     notifier: Notifier | None = None,
+    is_alive: Callable[[], object] | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve connections until SIGTERM or SIGINT; then drain, and return.
@@ -90,6 +93,8 @@ async def serve(  # noqa: PLR0913 - two and four named ones; the style's limit i
         drain_s: Seconds that open connections have after the signal; then they are cancelled.
         connections_max: Open connections over all listeners; more are refused by closing them.
         notifier: Where READY and STOPPING go; from the environment when None.
+        is_alive: Gets an answer of what this daemon serves, whatever it is; may block. If the
+            service manager wants to know, it is told each time that this returns.
         task_status: `nursery.start(serve, ...)` returns when the sockets accept.
 
     Raises:
@@ -104,6 +109,10 @@ async def serve(  # noqa: PLR0913 - two and four named ones; the style's limit i
                     door = _Door(handler, connections, stopping, connections_max)
                     for listener in listeners:
                         accepting.start_soon(door.accept_from, listener)
+                    if is_alive is not None and notifier.watchdog_s is not None:
+                        accepting.start_soon(
+                            _tell_alive, is_alive, notifier, notifier.watchdog_s / PINGS
+                        )
                     notifier.ready()
                     task_status.started()
                     received = await anext(signals)
@@ -117,6 +126,15 @@ async def serve(  # noqa: PLR0913 - two and four named ones; the style's limit i
                 connections.cancel_scope.deadline = trio.current_time() + drain_s
     finally:
         _close(listeners)
+
+
+async def _tell_alive(is_alive: Callable[[], object], notifier: Notifier, pause_s: float) -> None:
+    """Tell the service manager each time that what we serve has answered."""
+    while True:
+        # A thread that hangs is abandoned when the daemon stops; until then nothing is told.
+        await trio.to_thread.run_sync(is_alive, abandon_on_cancel=True)
+        notifier.watchdog()
+        await trio.sleep(pause_s)
 
 
 def _close(listeners: Iterable[Listener]) -> None:

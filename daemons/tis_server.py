@@ -10,6 +10,9 @@ everybody else: another locality can ask for the TPM, or seize it and so discard
 - A connection that ends changes no register. The locality stays with its holder, a command runs to
   its end and its response waits in the FIFO, until the same locality's next user goes on with it or
   a higher locality seizes. That is what lets a killed driver come back and learn what happened.
+- What a write has changed is remembered before the next access is answered, so a killed chip comes
+  back with its registers, too; bytes of a command that is not whole yet are not part of that. A
+  command that was started and has no remembered response is run then.
 - An interrupt goes to every connection that has the locality's page. One that does not read gets
   no more of them; INT_STATUS still says what happened.
 
@@ -33,8 +36,10 @@ import trio
 from daemons.errors import Failure
 from daemons.fair_lock import FairLock
 from daemons.listeners import Listener, PeerCredentials, set_send_timeout
+from daemons.sd_notify import NO_COMMAND
 from daemons.service import DRAIN_S, PEER_FAULTS, Connection, ends_with_its_peer, serve
-from hwtpm.tis_device import Interrupt, PendingCommand, TisDevice, TpmPort
+from hwtpm.tis_device import Interrupt, PendingCommand, State, TisDevice, TpmPort
+from hwtpm.tis_snapshot import decode_snapshot, encode_snapshot
 from protocol import tis_messages as messages
 from protocol.tis_messages import (
     MESSAGE_BYTES_MAX,
@@ -74,6 +79,43 @@ class ChipPort(TpmPort, Protocol):
         Raises:
             Failure: The platform is told.
         """
+
+
+class RegisterMemory(Protocol):
+    """Where the registers outlive a killed process. Calls come from worker threads."""
+
+    def recall(self) -> tuple[bytes, int, bytes] | None:
+        """The registers as last remembered, and serial and response of the last command."""
+        ...
+
+    def remember(self, registers: bytes) -> None:
+        """Keep the registers."""
+
+    def run(self, command: PendingCommand) -> bytes:
+        """Run a command; its response is remembered with what it changed."""
+        ...
+
+
+class ForgetfulRegisters:
+    """Registers that a crash takes.
+
+    Args:
+        chip: Runs the commands.
+    """
+
+    def __init__(self, chip: ChipPort) -> None:
+        self._chip = chip
+
+    def recall(self) -> None:
+        """See `RegisterMemory`."""
+        return
+
+    def remember(self, registers: bytes) -> None:
+        """See `RegisterMemory`."""
+
+    def run(self, command: PendingCommand) -> bytes:
+        """See `RegisterMemory`."""
+        return self._chip.execute(command.request, command.locality)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +170,7 @@ async def serve_tis(
         [listener],
         drain_s=settings.drain_s,
         connections_max=settings.connections_max + ACCEPTED_BEYOND,
+        is_alive=server.ask_engine,
         task_status=task_status,
     )
 
@@ -138,13 +181,24 @@ class TisServer:
     Args:
         chip: The engine and the pins.
         admit: Tells what a peer may do.
+        memory: Where the registers outlive a killed process; None: nowhere.
         settings: Limits.
+
+    Raises:
+        DecodeError: What is remembered is not understood.
     """
 
     def __init__(
-        self, chip: ChipPort, admit: Admit, *, settings: TisSettings | None = None
+        self,
+        chip: ChipPort,
+        admit: Admit,
+        *,
+        memory: RegisterMemory | None = None,
+        settings: TisSettings | None = None,
     ) -> None:
         self.settings = settings or TisSettings()
+        self._memory = memory or ForgetfulRegisters(chip)
+        self._remembered = b""
         self._chip = chip
         self._admit = admit
         # Lock order: registers before engine. Who runs a command holds the engine alone.
@@ -154,6 +208,7 @@ class TisServer:
         self._carriers: set[_Carrier] = set()
         self._threads = trio.CapacityLimiter(self.settings.connections_max)
         self._per_domain: Counter[str] = Counter()
+        self._recall()
 
     @ends_with_its_peer()
     async def handle(self, connection: Connection) -> None:
@@ -203,6 +258,11 @@ class TisServer:
 
     # -- called from worker threads
 
+    def ask_engine(self) -> None:
+        """Get an answer of the engine between two commands, with nothing that could change it."""
+        with self._engine:
+            _ours(lambda: self._chip.execute(NO_COMMAND, 0))
+
     def attach(self, carrier: _Carrier) -> None:
         """Send interrupts there from now on."""
         with self._registers:
@@ -223,6 +283,7 @@ class TisServer:
         with self._registers:
             before = self.device.pending_command
             self.device.write(access.locality, access.offset, access.data)
+            self._remember()
             pending = self.device.pending_command
             self._pass_interrupts()
         if pending is not None and pending is not before:
@@ -236,6 +297,7 @@ class TisServer:
             _ours(self._chip.power_on)
         with self._registers:
             self.device.power_on()
+            self._remember()
 
     def power_off(self) -> None:
         """Take the power away."""
@@ -249,11 +311,36 @@ class TisServer:
         with self._engine:
             _ours(lambda: self._chip.set_physical_presence(is_asserted=is_asserted))
 
+    def _recall(self) -> None:
+        """Go on with the registers of a killed process."""
+        recalled = self._memory.recall()
+        if recalled is None:
+            return
+        self._remembered, serial, response = recalled
+        self.device.restore(decode_snapshot(self._remembered))
+        pending = self.device.pending_command
+        if pending is not None and pending.serial == serial:
+            self.device.complete(pending, response)
+
+    def run_recalled_command(self) -> None:
+        """Run the command that a killed process had started and not ended; call it once."""
+        pending = self.device.pending_command
+        if pending is not None:
+            self._execute(pending)
+
+    def _remember(self) -> None:
+        # A command that is not whole is written again by a driver that finds the chip Ready.
+        if self.device.state is not State.RECEPTION:
+            registers = encode_snapshot(self.device.snapshot())
+            if registers != self._remembered:
+                self._memory.remember(registers)
+                self._remembered = registers
+
     def _execute(self, pending: PendingCommand) -> None:
         with self._engine:
             if self.device.pending_command is not pending:
                 return  # aborted while it waited for the engine: it never ran
-            response = _ours(lambda: self._chip.execute(pending.request, pending.locality))
+            response = _ours(lambda: self._memory.run(pending))
         with self._registers:
             self.device.complete(pending, response)
             self._pass_interrupts()

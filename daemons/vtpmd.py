@@ -2,7 +2,8 @@
 
 Start: connect to the manager (waiting until it is there), read the image, start the TPM, serve the
 guest's ring. A TPM is made only for a blank image and a UUID unknown to the manager; its
-endorsement key is made with it, as a maker does.
+endorsement key is made with it, as a maker does. A process that finds the journal of a killed one
+goes on where that was: nothing is started, and the guest notices nothing.
 """
 
 from __future__ import annotations
@@ -22,28 +23,37 @@ from daemons import logs, policy, settings
 from daemons.disk import PosixDisk
 from daemons.durable_tpm import DurableTpm
 from daemons.errors import ExitCode, Failure
-from daemons.listeners import Kind, PeerCredentials, listen
+from daemons.journal import GO_ON, missing
+from daemons.listeners import Kind, PeerCredentials, activated_or_listen
 from daemons.places import Places
 from daemons.registry import DomainRecord, Registry
 from daemons.ring_client import RingClient
 from daemons.ring_server import RingPeer, RingSettings, serve_rings
-from daemons.sd_notify import Notifier
+from daemons.sd_notify import NO_COMMAND, Notifier
+from daemons.self_test import pass_self_test
 from daemons.service import run_daemon
+from daemons.volatile_memory import VolatileMemory
 from daemons.vtpm.backend import VtpmBackend
+from daemons.vtpm.command_set import command_set
 from daemons.vtpm.image import VtpmImage
 from daemons.vtpm.manager_link import ManagerLink
+from daemons.vtpm.remembered_responses import RememberedResponses
 from daemons.xl.domain_arguments import StartupType as StartupArgument
 from daemons.xl.domain_arguments import VtpmArguments
 from daemons.xl.domain_config import STATE_DISK, DomainConfig, read_domain
 from protocol.constants import StartupType
-from tpm12.commands import ALL
 from tpm12.profile import VTPM
 
 PROGRAM: Final = "vtpmd"
+SOCKET_NAME: Final = "ring"
+"""What the socket is called when systemd passes it."""
 MANAGER_WAIT_S: Final = 24 * 3600.0
 """How long a vTPM waits for its manager; whoever started it sees what it waits for."""
 
 T = TypeVar("T")
+
+_STARTED: Final = "started"
+"""Note: b"1" when all of `_start` was done; a process that is killed within begins it again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +63,7 @@ class Options:
     root: Path
     domain: str
     config: Path
+    must_go_on: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,8 +86,11 @@ def _parse(argv: list[str] | None) -> Options:
     parser.add_argument("--root", type=Path, default=Path("/"), help="root of the installation")
     parser.add_argument("--domain", required=True, help="name of the vTPM's domain")
     parser.add_argument("--config", type=Path, required=True, help="its xl config file")
+    parser.add_argument(GO_ON, action="store_true", help="refuse to start without a journal")
     found = parser.parse_args(argv)
-    return Options(root=found.root, domain=found.domain, config=found.config)
+    return Options(
+        root=found.root, domain=found.domain, config=found.config, must_go_on=found.go_on
+    )
 
 
 async def _run(options: Options) -> None:
@@ -103,20 +117,32 @@ async def _run(options: Options) -> None:
     with ring:
         await _in_thread(partial(ring.connect, MANAGER_WAIT_S))
         manager = ManagerLink(ring.exchange)
-        tpm = await _in_thread(partial(_open_tpm, places, config, own, manager, notifier))
-        await _in_thread(partial(_start, tpm, arguments, manager, is_first=True))
+        must_go_on = options.must_go_on
+        tpm = await _in_thread(
+            partial(_open_tpm, places, config, own, manager, notifier, must_go_on=must_go_on)
+        )
+        if tpm.notes.get(_STARTED) != b"1":
+            await _in_thread(partial(_start, tpm, arguments, manager, is_first=True))
         backend = VtpmBackend(
             tpm,
             manager,
             start=partial(_start, tpm, arguments, manager),
             locality_rules=arguments.locality_rules,
-            has_maintenance_commands=arguments.has_maintenance_commands,
         )
-        listener = listen(places.domain(own.name).ring_socket, Kind.SEQPACKET)
+        ring_socket = places.domain(own.name).ring_socket
+        listener = activated_or_listen(SOCKET_NAME, ring_socket, Kind.SEQPACKET)
         notifier.status("serving")
         rules = policy.load(places.policy)
         admit = partial(_admit, registry, rules, own.name)
-        await serve_rings(listener, backend, admit, settings=chosen.rings)
+        responses = RememberedResponses(tpm)
+        await serve_rings(
+            listener,
+            backend,
+            admit,
+            responses=responses,
+            settings=chosen.rings,
+            is_alive=partial(tpm.execute, NO_COMMAND, 0),
+        )
 
 
 async def _in_thread(call: Callable[[], T]) -> T:
@@ -124,12 +150,14 @@ async def _in_thread(call: Callable[[], T]) -> T:
     return await trio.to_thread.run_sync(call, abandon_on_cancel=True)
 
 
-def _open_tpm(
+def _open_tpm(  # noqa: PLR0913 - one caller
     places: Places,
     config: DomainConfig,
     own: DomainRecord,
     manager: ManagerLink,
     notifier: Notifier,
+    *,
+    must_go_on: bool,
 ) -> DurableTpm:
     """Open the image and start the TPM in it, or make a new one."""
     disk = config.disk(STATE_DISK)
@@ -142,12 +170,22 @@ def _open_tpm(
         )
     notifier.status("opening the image")
     image = VtpmImage(PosixDisk(places.images(disk.target)), own.vtpms[0].uuid, manager)
-    tpm = DurableTpm(image, profile=VTPM, commands=ALL)
+    memory = VolatileMemory(places.domain(own.name).journal, own.name)
+    arguments = config.arguments
+    has_maintenance = isinstance(arguments, VtpmArguments) and arguments.has_maintenance_commands
+    commands = command_set(has_maintenance_commands=has_maintenance)
+    tpm = DurableTpm(image, profile=VTPM, commands=commands, memory=memory)
+    if tpm.is_resumed:
+        structlog.get_logger().info("went on where a killed process was")
+    elif must_go_on:
+        raise missing(places.domain(own.name).journal)
     if tpm.is_new:
         tpm.power_on_and_start()
         notifier.status("making a new TPM and its endorsement key")
         tpm.make_endorsement_key()
         structlog.get_logger().info("made a new TPM", uuid=str(own.vtpms[0].uuid))
+    notifier.status("testing itself")
+    pass_self_test(tpm.state.permanent, VTPM, commands)
     return tpm
 
 
@@ -168,10 +206,12 @@ def _start(
     startup_type = _STARTUP_TYPES[arguments.startup]
     if startup_type is StartupType.STATE and not is_first:
         startup_type = StartupType.CLEAR
+    tpm.remember({_STARTED: b"0"})
     tpm.power_on_and_start(startup_type)
     wanted = sorted(arguments.hardware_init_pcrs)
     if wanted:
         tpm.preset_pcrs({index: manager.hardware_pcr(index) for index in wanted})
+    tpm.remember({_STARTED: b"1"})
 
 
 def _admit(

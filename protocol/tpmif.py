@@ -11,6 +11,8 @@ Three layers, so that the same machine works over a socket and over granted page
 Invariants:
 - One request is in flight; each accepted request gets exactly one FINISH or IDLE.
 - Sequence numbers go up by one. The one that was executed last may come again and is a `Repeat`.
+  A backend that crashed may remember less than it has answered, but no less than what changed
+  anything: a request it does not remember is executed again, under the next number it expects.
 - Whatever a peer sends is an event or a `DecodeError`; after one the connection is to be closed.
 - The locality byte is passed on as it came: what a peer may ask for is the backend's policy.
 
@@ -484,7 +486,11 @@ class FrontendRing:
         return kick(self._sequence, image)
 
     def resubmit(self) -> bytes:
-        """Put the outstanding request on the page of a new connection, under its own number."""
+        """Put the outstanding request on the page of a new connection, under its own number.
+
+        Its number is the one it had, or the one the backend expects next when it knows nothing of
+        it.
+        """
         if self.outstanding is None:
             raise RingMisuseError("nothing is outstanding")
         sequence, locality, packet = self.outstanding
@@ -582,6 +588,8 @@ class FrontendRing:
             raise RingError("the backend's uuid is malformed") from error
         handle = _number(keys, HANDLE, 0xFFFF)
         fate = self._fate(memory, last_sequence)
+        if fate is Fate.NOT_EXECUTED and self.outstanding is not None:
+            self.outstanding = self.outstanding._replace(sequence=last_sequence + 1)
         self._memory = memory
         self._sequence = last_sequence
         return BackendConnected(handle, uuid, ring_id, last_sequence, fate)
@@ -591,6 +599,6 @@ class FrontendRing:
             return Fate.NONE
         if memory == self._memory and last_sequence == self.outstanding.sequence:
             return Fate.EXECUTED
-        if memory == self._memory and last_sequence == self.outstanding.sequence - 1:
+        if memory == self._memory and last_sequence < self.outstanding.sequence:
             return Fate.NOT_EXECUTED
         return Fate.UNKNOWN

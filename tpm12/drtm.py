@@ -12,9 +12,10 @@ from collections.abc import Callable
 from protocol.constants import ZERO_DIGEST
 from protocol.return_codes import ReturnCode, TpmError
 from tpm12 import transport
-from tpm12.crypto import Sha1Thread, sha1
+from tpm12.crypto import sha1
 from tpm12.flags import set_flags
 from tpm12.pcrs import DRTM_PCR, DYNAMIC_PCRS
+from tpm12.sha1 import Sha1Thread
 from tpm12.tpm import Tpm
 
 BusCycle = Callable[[Tpm], None]

@@ -29,9 +29,10 @@ from protocol.wire import (
     Sized,
     wire,
 )
-from tpm12.crypto import HmacKey, Sha1Thread, hmac_key
+from tpm12.crypto import HmacKey, hmac_key
 from tpm12.keys import LoadedKey
 from tpm12.sections import Section, section, stored, stored_map
+from tpm12.sha1 import Sha1Thread
 
 NO_COUNTER: Final = 0xFFFFFFFF
 """STCLEAR_DATA.countID: no counter was incremented since ST_CLEAR."""
@@ -206,6 +207,9 @@ class Permanent(Section):
     owner_evict_keys: dict[int, LoadedKey] = stored_map(34, LoadedKey, default_factory=dict)
     saved_state: bytes | None = stored(35, bytes, default=None)
     """What TPM_SaveState kept; gone after the next command."""
+    journal_key: bytes | None = stored(36, bytes, default=None)
+    """Encrypts what a killed process leaves of the other sections; of this stack, not of the
+    specification. None: not drawn yet."""
 
 
 @section
@@ -271,9 +275,9 @@ class Volatile(Section):
     """What a power cycle takes."""
 
     keys: dict[int, LoadedKey] = stored_map(1, LoadedKey, default_factory=dict)
-    sha1_thread: Sha1Thread | None = stored(2, None, default=None)
+    sha1_thread: Sha1Thread | None = stored(2, Sha1Thread, default=None)
     self_test: int = stored(3, int, default=SelfTestState.LIMITED)
-    hash_sequence: Sha1Thread | None = stored(4, None, default=None)
+    hash_sequence: Sha1Thread | None = stored(4, Sha1Thread, default=None)
     """The locality 4 hash sequence in progress."""
     sha1_thread_transport: int = stored(6, int, default=0)
     """The transport session that `sha1_thread` belongs to; 0: none."""

@@ -20,6 +20,7 @@ from protocol.return_codes import TpmError
 from protocol.wire import DecodeError, decode, encode, wire_fields
 from tpm12.keys import LoadedKey
 from tpm12.sections import Stored, stored_fields
+from tpm12.sha1 import Sha1Thread
 from tpm12.state import Permanent, StAny, StClear, Volatile
 
 S = TypeVar("S")
@@ -28,6 +29,7 @@ VERSION: Final = 1
 _HEAD: Final = struct.Struct(">HH")
 _RECORD: Final = struct.Struct(">HII")
 _SECTION_IDS: Final[dict[type, int]] = {Permanent: 1, StClear: 2, StAny: 3, Volatile: 4}
+_FIELDS: Final = {section: stored_fields(section) for section in _SECTION_IDS}
 _INT_BYTES: Final = 8
 _REMOVED: Final = 0xFFFFFFFF
 """In a delta, the size of a record that takes its entry away."""
@@ -40,7 +42,7 @@ class StateError(Exception):
 def encode_section(section: object) -> bytes:
     """Write a whole section."""
     out = [_HEAD.pack(VERSION, _SECTION_IDS[type(section)])]
-    for name, declared in stored_fields(type(section)):
+    for name, declared in _FIELDS[type(section)]:
         value = getattr(section, name)
         for key, entry in _entries(declared, value).items():
             data = _to_bytes(declared, entry)
@@ -62,7 +64,7 @@ def decode_section(section_type: type[S], data: bytes) -> S:
 def delta(before: object, after: object) -> bytes:
     """The records in which two states of one section differ; empty when there are none."""
     out = []
-    for name, declared in stored_fields(type(after)):
+    for name, declared in _FIELDS[type(after)]:
         old, new = getattr(before, name), getattr(after, name)
         if old is new:
             continue
@@ -120,9 +122,7 @@ def _records(section_type: type, data: bytes) -> list[tuple[int, int, bytes | No
 def _apply(
     section: object, records: list[tuple[int, int, bytes | None]], *, allows_removal: bool
 ) -> None:
-    by_number = {
-        declared.number: (name, declared) for name, declared in stored_fields(type(section))
-    }
+    by_number = {declared.number: (name, declared) for name, declared in _FIELDS[type(section)]}
     seen = set()
     for number, key, data in records:
         if number not in by_number:
@@ -164,8 +164,8 @@ def _to_bytes(declared: Stored, value: Any) -> bytes:  # noqa: ANN401 - any stor
         return cast("bytes", value)
     if declared.codec is int or declared.codec is bool:
         return int(value).to_bytes(_INT_BYTES, "big")
-    if declared.codec is LoadedKey:
-        return cast("LoadedKey", value).to_bytes()
+    if declared.codec is LoadedKey or declared.codec is Sha1Thread:
+        return cast("LoadedKey | Sha1Thread", value).to_bytes()
     return encode(value)
 
 
@@ -173,8 +173,6 @@ def _from_bytes(declared: Stored, data: bytes, name: str) -> Any:  # noqa: ANN40
     codec = declared.codec
     if codec is bytes:
         return data
-    if codec is None:
-        raise StateError(f"{name} is never stored")
     if codec is int or codec is bool:
         if len(data) != _INT_BYTES:
             raise StateError(f"{name} is no number")
@@ -187,7 +185,9 @@ def _from_bytes(declared: Stored, data: bytes, name: str) -> Any:  # noqa: ANN40
     try:
         if codec is LoadedKey:
             return LoadedKey.from_bytes(data)
+        if codec is Sha1Thread:
+            return Sha1Thread.from_bytes(data)
         assert wire_fields(codec)
         return decode(codec, data)
-    except (DecodeError, TpmError) as error:
+    except (DecodeError, TpmError, ValueError) as error:
         raise StateError(f"{name} is malformed: {error}") from error

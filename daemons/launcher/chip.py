@@ -2,7 +2,8 @@
 
 The chip's process is supervised like any other. It has power when its process is ready and the
 firmware has played through (TPM_Startup, the platform's events into PCR 0-7, the locality 4 hash
-sequence into PCR 17); nothing above it starts before.
+sequence into PCR 17); nothing above it starts before. From then on a killed chip goes on from its
+journal, and has its power all the time; one that dies under the firmware is powered on again.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import structlog
 import trio
 
 from daemons.errors import ExitCode, Failure
-from daemons.launcher.consequences import before_chip_starts
+from daemons.journal import GO_ON
+from daemons.launcher.adoption import forget_power, note_power
+from daemons.launcher.consequences import before_power_on
 from daemons.launcher.domain import CHIP_DOMID, PROGRAMS, Domain
 from daemons.launcher.process_start import Start, start_process
 from daemons.launcher.stack import Stack
@@ -41,6 +44,13 @@ class Firmware(Protocol):
 
         Raises:
             Failure: The chip or a file that is to be measured is not as it should be.
+        """
+
+    async def adopt(self) -> None:
+        """Go on with a platform that an earlier launcher has powered on.
+
+        Raises:
+            Failure: What it has written down of it cannot be read.
         """
 
     async def launch_manager(self, config_text: str) -> None:
@@ -86,7 +96,9 @@ class Chip:
         self._firmware = firmware
         self._firmware_failure: Failure | None = None
         self._boot_begun = 0
-        self._boot_done = 0
+        self._power_cycle = 0
+        self._has_power = False
+        self._launched_before: Launched | None = None
         self._step = ""
 
     async def prepare(self) -> None:
@@ -96,12 +108,12 @@ class Chip:
     @property
     def is_powered(self) -> bool:
         """The firmware has played through, and the chip has had power since."""
-        return self.supervisor.state is State.RUNNING and self._boot_done == self.supervisor.starts
+        return self.supervisor.state is State.RUNNING and self._has_power
 
     @property
     def power_cycle(self) -> int:
-        """Number of the chip's power-ons: its volatile state does not outlive its process."""
-        return self.supervisor.starts
+        """Number of the chip's power-ons."""
+        return self._power_cycle
 
     @property
     def is_off(self) -> bool:
@@ -150,6 +162,7 @@ class Chip:
             await self._stack.until(lambda: not self.is_off)
         elif self._firmware_failure is not None or self.supervisor.state is State.FAILED:
             self._firmware_failure = None
+            self._has_power = False
             self.supervisor.restart("it was asked to power on again")
             await self._stack.changes.next()
         told = ""
@@ -166,6 +179,23 @@ class Chip:
                 await progress(f"waits for the hardware TPM, {told}")
                 continue
             await self._stack.changes.next()
+
+    async def adopt(self, launched: Launched | None) -> None:
+        """Take over a chip that has its power.
+
+        Args:
+            launched: Its process, if it lives.
+
+        Raises:
+            Failure: See `Firmware.adopt`.
+        """
+        await self._firmware.adopt()
+        self._has_power = True
+        self._power_cycle = 1
+        self._launched_before = launched
+        self._stack.nursery.start_soon(self.supervisor.run)
+        self._stack.nursery.start_soon(self._boot_after_each_start)
+        await self._stack.until(lambda: not self.is_off)
 
     async def measure(self, domain: Domain) -> None:
         """Measure a domain before it starts: its program for its record, a manager into PCRs too.
@@ -194,19 +224,32 @@ class Chip:
 
     async def power_off(self) -> None:
         """Stop the chip for good, after everybody else."""
+        forget_power(self._stack.places)
         if not self.is_off:
             self.supervisor.stop()
             await self._stack.until(lambda: self.supervisor.state is State.ENDED)
         self._stack.registry.remove(CHIP_NAME)
 
     async def _launch(self) -> Launched:
+        launched_before, self._launched_before = self._launched_before, None
+        if launched_before is not None:
+            return launched_before
         self._firmware_failure = None
-        await before_chip_starts(self._stack, self.supervisor.last_reason)
+        kept = ""
+        if self._has_power:
+            kept = self._stack.places.domain(CHIP_NAME).journal.name
+        else:
+            forget_power(self._stack.places)
+            self._power_cycle += 1
+            await before_power_on(self._stack, self.supervisor.last_reason)
         directory = self._stack.places.tis_socket.parent
         self._stack.places.make_private(directory)
         for left_over in directory.iterdir():
-            left_over.unlink(missing_ok=True)
-        argv = ("--root", str(self._stack.places.root), "--domain", CHIP_NAME)
+            if left_over.name != kept:
+                left_over.unlink(missing_ok=True)
+        argv: tuple[str, ...] = ("--root", str(self._stack.places.root), "--domain", CHIP_NAME)
+        if self._has_power:
+            argv = (*argv, GO_ON)
 
         def register(pid: int, start_time: int) -> None:
             self._stack.registry.put(self.record(pid, start_time))
@@ -221,7 +264,8 @@ class Chip:
             start = self.supervisor.starts
             if self.supervisor.state is State.RUNNING and start != self._boot_begun:
                 self._boot_begun = start
-                await self._boot(start)
+                if not self._has_power:
+                    await self._boot(start)
             else:
                 await self._stack.changes.next()
 
@@ -235,7 +279,8 @@ class Chip:
             # Otherwise the chip died under the firmware; the supervisor knows why, and starts it
             # again.
         else:
-            self._boot_done = start
+            self._has_power = True
+            note_power(self._stack.places)
         self._step = ""
         self._stack.changes.announce()
 

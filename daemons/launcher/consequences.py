@@ -1,21 +1,20 @@
-"""What the start of one domain's process asks of others, in this version.
+"""What the start of one domain's process asks of others.
 
-A vTPM, and the chip, keep their volatile state (PCRs, sessions, loaded keys) in their process
-alone, so their death loses it. A guest that went on would then have clean PCRs, which it could fill
-with any history it likes. Hence the rules:
+A crash is not a power cycle: the chip and a vTPM that are killed go on from their journals, and who
+uses them sees a pause. There are two cases in which there is nothing to go on from, and then nobody
+may go on with what is gone: a guest that did would have clean PCRs, which it could fill with any
+history it likes.
 
 | before a process of this role starts | this is done | shown as the reason |
 |---|---|---|
-| the chip | every domain is stopped, and started again in order | the platform lost its power |
-| a vTPM | its guests are stopped, and boot again after it | its vTPM NAME was started anew |
-| a guest | a vTPM that an earlier guest has used is started anew | reset for the start of NAME |
+| the chip without a journal | all domains stop, and start again | the platform lost its power |
+| a vTPM without a journal | its guests stop, and boot after it | its vTPM NAME was started anew |
 
-A process that is started again finds the journal of the one before it, which may have been killed:
-the manager learns from it which handles of the chip are its own. It is taken away when nothing in
-it can be true any more: after the platform lost its power, and for a vTPM that is reset.
+A journal is given up when a domain is rebooted or made anew, and when the platform's power goes.
+That a vTPM is reset for each boot of its guest is no matter of processes: it sees the guest's new
+domid, and resets itself (`daemons/vtpm/backend.py`).
 
-This module is the only place that knows them. A vTPM or chip that resumes from a journal needs the
-first two no longer.
+This module is the only place that knows these rules.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from daemons.launcher.domain import STOP_ORDER, Domain
 from daemons.launcher.stack import Stack
 
 
-async def before_chip_starts(stack: Stack, reason: str) -> None:
+async def before_power_on(stack: Stack, reason: str) -> None:
     """Let the whole platform fall: no domain outlives the power of the chip.
 
     Args:
@@ -38,26 +37,10 @@ async def before_chip_starts(stack: Stack, reason: str) -> None:
         await _restart(stack, fallen, f"the platform lost its power ({reason})")
 
 
-async def before_vtpm_starts(stack: Stack, vtpm: Domain) -> None:
+async def before_new_volatile_state(stack: Stack, vtpm: Domain) -> None:
     """Stop the guests of a vTPM: none may see its PCRs clean while it goes on."""
-    vtpm.served = ""
     guests = [guest for guest in stack.users_of(vtpm.name) if guest.has_process]
     await _restart(stack, guests, f"its vTPM {vtpm.name} was started anew")
-
-
-def is_fresh_for(guest: Domain, vtpm: Domain) -> bool:
-    """Tell whether a vTPM may serve the start of a guest; if not, it is started anew first.
-
-    Returns:
-        True when nothing has used it since its own start. False starts it anew at once.
-    """
-    if not vtpm.is_running:
-        return False
-    if not vtpm.served:
-        return True
-    forget_journal(vtpm)
-    vtpm.supervisor.restart(f"reset for the start of {guest.name}")
-    return False
 
 
 def forget_journal(domain: Domain) -> None:
@@ -68,6 +51,16 @@ def forget_journal(domain: Domain) -> None:
 def keeps_journal(domain: Domain, power_cycle: int) -> bool:
     """Tell whether the next process of a domain goes on where the one before it has ended."""
     return domain.power_cycle == power_cycle
+
+
+def must_go_on(domain: Domain, power_cycle: int) -> bool:
+    """Tell whether it would be wrong to start a domain without its journal: somebody has used it.
+
+    Who takes the journal of a killed vTPM away must not get clean PCRs for that.
+    """
+    return (
+        keeps_journal(domain, power_cycle) and domain.supervisor.times_ready > domain.ready_before
+    )
 
 
 async def _restart(stack: Stack, domains: Iterable[Domain], reason: str) -> None:

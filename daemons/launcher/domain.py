@@ -55,12 +55,12 @@ class Domain:
         disk_specs_attached: What was given for the latter.
         supervisor: Its process; None for an external guest.
         boot_hash: Hex SHA-1 of its program, or empty.
-        served: Name of the guest that has used this vTPM since it was started, or empty.
         external: Pid and start time of a process that is this guest and was not started here.
         is_leaving: It was told to end for good.
         has_started: A process of it was started under its present domid.
         power_cycle: That of the platform in which its last process was started; None when its next
             one has nothing to go on with.
+        ready_before: How often its processes had been ready when it last began with no journal.
     """
 
     config: DomainConfig
@@ -72,11 +72,11 @@ class Domain:
     disks: tuple[Disk, ...] = ()
     disk_specs_attached: tuple[str, ...] = ()
     boot_hash: str = ""
-    served: str = ""
     external: tuple[int, int] | None = None
     is_leaving: bool = False
     has_started: bool = False
     power_cycle: int | None = None
+    ready_before: int = 0
     _supervisor: Supervisor | None = field(default=None)
     _random_devids: set[int] = field(default_factory=set)
 
@@ -178,6 +178,14 @@ class Domain:
         """Take a TPM frontend away."""
         self._random_devids.discard(device.devid)
         self.devices = tuple(other for other in self.devices if other != device)
+
+    def note_random_uuids(self) -> None:
+        """Learn from the config which of the devices it has asked for no uuid."""
+        self._random_devids = {
+            device.devid
+            for device, spec in zip(self.devices, self.config.vtpms, strict=False)
+            if spec.uuid is None
+        }
 
     def renew_random_uuids(self) -> None:
         """Give each frontend that asked for no uuid a new one, as every start does in Xen."""

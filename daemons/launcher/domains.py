@@ -16,6 +16,14 @@ import structlog
 import trio
 
 from daemons.errors import ExitCode, Failure
+from daemons.launcher.adoption import (
+    OldStack,
+    is_standing,
+    launched_before,
+    say_adopted,
+    say_left,
+    was_ready,
+)
 from daemons.launcher.chip import Chip
 from daemons.launcher.consequences import forget_journal
 from daemons.launcher.domain import STOP_ORDER, Domain
@@ -24,14 +32,15 @@ from daemons.launcher.launching import (
     check_disks,
     launch_domain,
     waits_for_somebody,
+    write_config,
 )
 from daemons.launcher.processes import is_alive
 from daemons.launcher.stack import DOMAINS_MAX, Stack
-from daemons.launcher.supervisor import RESTING, State, Supervisor
+from daemons.launcher.supervisor import RESTING, Launched, State, Supervisor
 from daemons.listeners import start_time_of
-from daemons.places import DOMAIN0_NAME, Places
+from daemons.places import CHIP_NAME, DOMAIN0_NAME, Places
 from daemons.policy import NotAllowed
-from daemons.registry import Role
+from daemons.registry import DomainRecord, Role
 from daemons.xl.domain_config import Action, DomainConfig, parse_domain
 
 Progress = Callable[[str], Awaitable[None]]
@@ -90,9 +99,73 @@ class Domains:
         self._stack.registry.put(domain.record(None, None))
         self._stack.changes.announce()
         if not paused:
+            # From now on it is there, also for another launcher.
+            self._stack.places.make_private(self._stack.places.domain(config.name).directory)
+            write_config(self._stack, domain)
             self._stack.nursery.start_soon(self._live, domain)
             await self._until_ready(progress, domain)
         return domain
+
+    async def adopt(self, old: OldStack) -> None:
+        """Take over what an earlier launcher has left; all of it goes on as it was.
+
+        Raises:
+            Failure: What is known of the platform cannot be read; nothing was touched.
+        """
+        places = self._stack.places
+        await self._chip.adopt(launched_before(places, old.chip))
+        self._stack.skip_domids(record.domid for record in old.domains)
+        for record in old.domains:
+            try:
+                config_text = old.configs.get(record.name)
+                if config_text is None:
+                    say_left(record, None)
+                    self._stack.registry.remove(record.name)
+                else:
+                    self._adopt(record, parse_domain(config_text, record.name), config_text)
+            except Failure as failure:
+                say_left(record, failure)
+        say_adopted([CHIP_NAME, *self._stack.domains])
+        self._stack.changes.announce()
+
+    def _adopt(self, record: DomainRecord, config: DomainConfig, config_text: str) -> None:
+        stack, was_started = self._stack, record.pid is not None
+        domain = Domain(
+            config=config,
+            config_text=config_text,
+            config_path=str(stack.places.domain(record.name).config),
+            domid=record.domid,
+            label=record.label,
+            devices=record.vtpms,
+            disks=config.disks,
+            boot_hash=record.boot_hash,
+            has_started=was_started,
+            power_cycle=self._chip.power_cycle if was_started else None,
+        )
+        domain.note_random_uuids()
+        launched: list[Launched] = []
+        process = launched_before(stack.places, record)
+        if process is not None:
+            launched.append(process)
+
+        async def launch() -> Launched:
+            return launched.pop() if launched else await launch_domain(stack, self._chip, domain)
+
+        domain.supervisor = Supervisor(
+            record.name, launch, stack.settings.supervisor, stack.changes, config.on_crash
+        )
+        # Who was ready may have been used, and is not started again without its journal.
+        domain.supervisor.times_ready = int(was_ready(stack.places, record.name))
+        stack.domains[record.name] = domain
+        stack.nursery.start_soon(self._live, domain)
+        if process is not None and is_standing(record):
+            stack.nursery.start_soon(self._stand_again, domain)
+
+    async def _stand_again(self, domain: Domain) -> None:
+        """A domain that was paused is paused for this launcher, too."""
+        await self._stack.until(lambda: domain.supervisor.state is not State.CREATED)
+        await self._stack.until(lambda: domain.is_running)
+        domain.supervisor.pause()
 
     async def attach_external(self, config_text: str, pid: int) -> Domain:
         """Let a process that was not started here be a guest: for measurements and tests.
@@ -124,9 +197,6 @@ class Domains:
             if not backend.is_running:
                 why = f"its vTPM {backend.name} is {backend.shown_state}"
                 raise _cannot(f"attach process {pid} as {config.name}", why)
-            # No restart as for a guest's boot: the caller boots nothing, and wants the vTPM as it
-            # stands.
-            backend.served = config.name
         domain.external = (pid, start_time)
         self._stack.domains[config.name] = domain
         self._stack.registry.put(domain.record(pid, start_time))
@@ -255,6 +325,16 @@ class Domains:
             await self._end(old, drain_s=0)
         if len(self._stack.domains) >= DOMAINS_MAX:
             raise _cannot(f"create {name}", f"there are {DOMAINS_MAX} domains already")
+
+    async def until_ready(self, progress: Progress, domain: str) -> None:
+        """Wait until a domain that is there runs, unless it is paused.
+
+        Raises:
+            Failure: See `create`.
+        """
+        found = self._stack.find(domain)
+        if found.external is None and found.supervisor.state not in RESTING:
+            await self._until_ready(progress, found)
 
     async def _until_ready(self, progress: Progress, domain: Domain) -> None:
         """Wait until a domain that was just started runs.

@@ -15,8 +15,10 @@ from pathlib import Path
 import trio
 
 from daemons.errors import ExitCode, Failure
+from daemons.journal import GO_ON
+from daemons.launcher.adoption import READY_NAME
 from daemons.launcher.chip import Chip
-from daemons.launcher.consequences import before_vtpm_starts, is_fresh_for, keeps_journal
+from daemons.launcher.consequences import before_new_volatile_state, keeps_journal, must_go_on
 from daemons.launcher.domain import Domain
 from daemons.launcher.process_start import Start, start_process
 from daemons.launcher.stack import Stack
@@ -28,38 +30,33 @@ BACKEND_ROLES = {Role.VTPM: Role.MANAGER, Role.GUEST: Role.VTPM}
 """Who serves the TPMs of whom."""
 
 
-class NotFresh(Exception):  # noqa: N818 - never leaves this module
-    """A vTPM changed between the look at it and the fork."""
-
-
 async def launch_domain(stack: Stack, chip: Chip, domain: Domain) -> Launched:
     """Start the process of a domain.
 
     Raises:
         Failure: It cannot be started, and waiting would not help.
     """
-    while True:
-        await _wait_for_its_world(stack, chip, domain)
-        if domain.role is Role.VTPM:
-            await before_vtpm_starts(stack, domain)
-        check_disks(stack, domain)
-        await chip.measure(domain)
-        if domain.has_started:
-            domain.domid = stack.new_domid()
+    await _wait_for_its_world(stack, chip, domain)
+    goes_on = keeps_journal(domain, chip.power_cycle)
+    if domain.role is Role.VTPM and not goes_on:
+        await before_new_volatile_state(stack, domain)
+    check_disks(stack, domain)
+    await chip.measure(domain)
+    if domain.has_started:
+        domain.domid = stack.new_domid()
+        if not goes_on:
             domain.renew_random_uuids()
-        domain.has_started = True
-        try:
-            with trio.CancelScope(shield=True):  # bounded by the spawner's own deadline
-                return await _spawn(stack, chip, domain)
-        except NotFresh:
-            continue
+    domain.has_started = True
+    with trio.CancelScope(shield=True):  # bounded by the spawner's own deadline
+        launched = await _spawn(stack, chip, domain)
+    return launched  # noqa: RET504 - mypy takes a `with` for one that may swallow errors
 
 
 async def _spawn(stack: Stack, chip: Chip, domain: Domain) -> Launched:
     places = stack.places.domain(domain.name)
     stack.places.make_private(places.directory)
     power_cycle = chip.power_cycle
-    kept = {places.journal.name} if keeps_journal(domain, power_cycle) else set()
+    kept = {places.journal.name, READY_NAME} if keeps_journal(domain, power_cycle) else set()
     try:
         empty_directory(places.directory, kept)
         write_config(stack, domain)
@@ -72,15 +69,14 @@ async def _spawn(stack: Stack, chip: Chip, domain: Domain) -> Launched:
         ) from error
     argv = ["--root", str(stack.places.root), "--domain", domain.name]
     argv += ["--config", str(places.config)]
+    if domain.role is Role.VTPM and must_go_on(domain, power_cycle):
+        argv.append(GO_ON)
+    if not keeps_journal(domain, power_cycle):
+        domain.ready_before = domain.supervisor.times_ready
 
     def register(pid: int, start_time: int) -> None:
-        vtpms = _backends_of(stack, domain) if domain.role is Role.GUEST else []
-        if not all(vtpm.is_running and not vtpm.served for vtpm in vtpms):
-            raise NotFresh
         stack.registry.put(domain.record(pid, start_time))
         domain.power_cycle = power_cycle
-        for vtpm in vtpms:
-            vtpm.served = domain.name
 
     return await start_process(
         stack, Start(name=domain.name, role=domain.role, argv=tuple(argv), register=register)
@@ -168,18 +164,16 @@ def _what_is_missing(stack: Stack, chip: Chip, domain: Domain) -> str | None:
         return f"waits for its disk {STATE_DISK}: vtpm block-attach {domain.name} ..."
     if domain.role is Role.VTPM and not domain.devices:
         return f"waits for its manager: vtpm vtpm-attach {domain.name} backend=NAME"
-    waits = (_what_backend_lacks(stack, domain, device) for device in domain.devices)
+    waits = (_what_backend_lacks(stack, device) for device in domain.devices)
     return next((wait for wait in waits if wait is not None), None)
 
 
-def _what_backend_lacks(stack: Stack, domain: Domain, device: VtpmDevice) -> str | None:
+def _what_backend_lacks(stack: Stack, device: VtpmDevice) -> str | None:
     backend = stack.domains.get(device.backend)
     if backend is None:
         return f"waits for {device.backend}, which does not exist: vtpm create its config file"
     if not backend.is_running:
         return f"waits for {backend.name}, which is {backend.shown_state}"
-    if domain.role is Role.GUEST and not is_fresh_for(domain, backend):
-        return f"waits for {backend.name}, which is reset for it"
     return None
 
 
@@ -187,11 +181,6 @@ def _needs_disk(domain: Domain) -> bool:
     return domain.role in {Role.MANAGER, Role.VTPM} and not any(
         disk.vdev == STATE_DISK for disk in domain.disks
     )
-
-
-def _backends_of(stack: Stack, domain: Domain) -> list[Domain]:
-    found = (stack.domains.get(device.backend) for device in domain.devices)
-    return [backend for backend in found if backend is not None]
 
 
 def waits_for_somebody(stack: Stack, domain: Domain) -> bool:

@@ -1,7 +1,7 @@
 """What a killed launcher has left: daemons that go on serving, and files of ended ones. No trio.
 
-The registry names every process by pid and start time, so that nothing else can be hit. A launcher
-does not adopt them in this version; it says that they are there, and `end_leftovers` ends them.
+The registry names every process by pid and start time, so that nothing else can be hit. The next
+launcher takes them over (`adoption.py`); `end_leftovers` ends them where there is none.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import signal
 from collections.abc import Sequence
 from typing import Final
 
-from daemons.errors import ExitCode, Failure
 from daemons.instance_lock import InstanceLock
+from daemons.launcher.adoption import forget_power
 from daemons.launcher.domain import STOP_ORDER
 from daemons.launcher.processes import is_alive, send_signal
 from daemons.places import CHIP_NAME, Places
@@ -25,10 +25,6 @@ ORDER: Final = (*STOP_ORDER, Role.HWTPM)
 """Who uses others ends before them."""
 DRAIN_S: Final = 10.0
 LOCK_NAME: Final = "launcher.lock"
-
-
-class OldStackRuns(Failure):
-    """Processes of an earlier launcher are alive under this root."""
 
 
 def find_leftovers(places: Places) -> list[DomainRecord]:
@@ -46,23 +42,6 @@ def find_leftovers(places: Places) -> list[DomainRecord]:
         and is_alive(record.pid, record.start_time)
     ]
     return sorted(alive, key=lambda record: ORDER.index(record.role))
-
-
-def refuse_leftovers(places: Places) -> None:
-    """Refuse to start beside an old stack.
-
-    Raises:
-        OldStackRuns: One is alive; its pids are named.
-    """
-    alive = find_leftovers(places)
-    if alive:
-        named = ", ".join(f"{record.name} (pid {record.pid})" for record in alive)
-        raise OldStackRuns(
-            "cannot start the launcher",
-            why=f"an old stack whose launcher is gone still runs under {places.root}: {named}",
-            next_step="End it with: vtpm down",
-            exit_code=ExitCode.UNAVAILABLE,
-        )
 
 
 def end_leftovers(places: Places, *, drain_s: float = DRAIN_S) -> list[DomainRecord]:
@@ -83,10 +62,20 @@ def end_leftovers(places: Places, *, drain_s: float = DRAIN_S) -> list[DomainRec
     if not places.registry.is_dir():
         return []
     with launcher_lock(places):
-        alive = find_leftovers(places)
-        for role in ORDER:
-            _end_together([record for record in alive if record.role is role], drain_s)
+        alive = end_leftovers_of(places, drain_s=drain_s)
         remove_remains(places)
+    return alive
+
+
+def end_leftovers_of(places: Places, *, drain_s: float = DRAIN_S) -> list[DomainRecord]:
+    """End the processes that the registry knows, for who has the launcher's place.
+
+    Raises:
+        DamagedRegistry, PermissionError: As `end_leftovers`.
+    """
+    alive = find_leftovers(places)
+    for role in ORDER:
+        _end_together([record for record in alive if record.role is role], drain_s)
     return alive
 
 
@@ -107,7 +96,15 @@ def remove_remains(places: Places) -> None:
             shutil.rmtree(places.run / record.name, ignore_errors=True)
         writer.remove(record.name)
     shutil.rmtree(places.run / CHIP_NAME, ignore_errors=True)
-    for remains in (places.launcher_socket, places.notify_socket, places.event_log):
+    forget_power(places)
+    remove_sockets(places)
+    with contextlib.suppress(OSError):
+        places.event_log.unlink()
+
+
+def remove_sockets(places: Places) -> None:
+    """Remove the sockets of a launcher that has ended."""
+    for remains in (places.launcher_socket, places.notify_socket):
         with contextlib.suppress(OSError):
             remains.unlink()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from daemons.errors import ExitCode, Failure
+from daemons.guest.environment import guest_environment
 from daemons.launcher.chip import Chip
 from daemons.launcher.control import Method, Parameter, Progress
 from daemons.launcher.devices import Devices
@@ -61,6 +62,7 @@ class Methods:
             "reboot": Method(run=self._reboot, parameters=(_DOMAIN,)),
             "pause": Method(run=self._domains.pause, parameters=(_DOMAIN,)),
             "unpause": Method(run=self._domains.unpause, parameters=(_DOMAIN,)),
+            "until_ready": Method(run=self._domains.until_ready, parameters=(_DOMAIN,)),
             "list": Method(run=self._list),
             "status": Method(run=self._status),
             "domid": Method(run=self._domid, parameters=(Parameter(name="name", type=str),)),
@@ -135,12 +137,4 @@ class Methods:
                 next_step="Name a guest; `vtpm list` shows them",
                 exit_code=ExitCode.USAGE,
             )
-        tpm0 = str(self._stack.places.domain(guest.name).tpm0)
-        return {
-            "TPM_DEVICE": tpm0,
-            # TrouSerS' tcsd reads these two.
-            "TCSD_USE_TCP_DEVICE": "1",
-            "TCSD_UN_SOCKET_DEVICE_PATH": tpm0,
-            "VTPM_ROOT": str(self._stack.places.root),
-            "VTPM_GUEST": guest.name,
-        }
+        return guest_environment(self._stack.places, guest.name)

@@ -6,13 +6,15 @@ what is measured later may already be another file than the one that was loaded.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Final
 
 import trio
 
+from daemons.errors import ExitCode, Failure
 from daemons.launcher.domain import PROGRAMS
-from daemons.launcher.event_log import write_log
+from daemons.launcher.event_log import Event, read_log, write_log
 from daemons.launcher.firmware import (
     FIRMWARE_LOCALITY,
     LAUNCH_LOCALITY,
@@ -41,12 +43,20 @@ class PlatformFirmware:
 
     Args:
         places: Of the installation.
+        measure_launcher: Measures whoever starts the domains; launcherd when None.
+        events: What was logged since the power-on, if that was done by an earlier process.
     """
 
-    def __init__(self, places: Places) -> None:
+    def __init__(
+        self,
+        places: Places,
+        measure_launcher: Callable[[], Measured] | None = None,
+        events: Iterable[Event] | None = None,
+    ) -> None:
         self._places = places
+        self._measure_launcher = measure_launcher or partial(measure_program, LAUNCHER_PROGRAM)
         self._links: dict[int, TisLink] = {}
-        self._firmware: Firmware | None = None
+        self._firmware = None if events is None else Firmware(self, events)
         self._parts: PlatformParts | None = None
         self._programs: dict[str, Measured] = {}
         self._turn = trio.Lock()
@@ -75,6 +85,22 @@ class PlatformFirmware:
         async with self._turn:
             tell("which is being powered on")
             await trio.to_thread.run_sync(self._power_on)
+
+    async def adopt(self) -> None:
+        """Go on with the event log of an earlier launcher.
+
+        Raises:
+            Failure: It is gone or damaged.
+        """
+        events = await trio.to_thread.run_sync(read_log, self._places.event_log)
+        if events is None:
+            raise Failure(
+                "cannot take the platform over from an earlier launcher",
+                why=f"its event log {self._places.event_log} is gone",
+                next_step="Power the platform off and on: vtpm down, vtpm up",
+                exit_code=ExitCode.DAMAGED,
+            )
+        self._firmware = Firmware(self, events)
 
     async def launch_manager(self, config_text: str) -> None:
         """Measure the manager's program into PCR 18, its config file into PCR 19, unless done.
@@ -124,7 +150,7 @@ class PlatformFirmware:
             firmware=measure_program(FIRMWARE_PROGRAM),
             settings=measure_files("settings", files),
             runtime=measure_runtime(),
-            launcher=measure_program(LAUNCHER_PROGRAM),
+            launcher=self._measure_launcher(),
             policy=measure_files("policy", {"policy.toml": self._places.policy}),
         )
 

@@ -6,7 +6,7 @@ The rooms of the launcher (chip, launching, consequences, domains, devices, stat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -49,6 +49,10 @@ class Stack:
             self._next_domid = domid % DOMID_MAX + 1
             if domid not in taken:
                 return domid
+
+    def skip_domids(self, taken: Iterable[int]) -> None:
+        """Go on above domids that an earlier launcher has given."""
+        self._next_domid = max((*taken, self._next_domid - 1)) % DOMID_MAX + 1
 
     def find(self, name_or_domid: str) -> Domain:
         """Find a domain as xl does: by its name, else by its domid.

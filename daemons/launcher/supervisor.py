@@ -109,6 +109,7 @@ RESTING = frozenset({State.CREATED, State.FAILED, State.PRESERVED})
 SETTLED = RESTING | {State.RUNNING, State.PAUSED, State.ENDED}
 """States that last until something new happens."""
 
+_ADOPTED = "running since before the launcher was started again"
 FINAL_EXITS = frozenset(
     {
         ExitCode.USAGE,
@@ -151,7 +152,7 @@ class Limits:
     stable_s: float = 30.0
     """Who has run for so long since READY has forgotten its earlier deaths."""
     restarts_max: int = 5
-    """Restarts in a row; the next death is final."""
+    """Restarts in a row after deaths that nobody else caused; the next such death is final."""
 
     def backoff_s(self, deaths: int) -> float:
         """Give the pause after the given number of deaths in a row (from 1)."""
@@ -160,10 +161,15 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launched:
-    """A process that was just released, and where its last words will be."""
+    """A process that was just released, and where its last words will be.
+
+    Attributes:
+        is_ready: It was ready before; it will not say so again.
+    """
 
     process: Process
     last_words: Callable[[], LastWords]
+    is_ready: bool = False
 
 
 class _Wish(StrEnum):
@@ -192,6 +198,7 @@ class Supervisor:
         reason: Why it failed, is started again, or waits; empty when there is nothing to say.
         status_text: The process's own last STATUS.
         starts: How often a process was started.
+        times_ready: How often one of them came to be ready.
         last_reason: Why it was last started again.
     """
 
@@ -209,6 +216,7 @@ class Supervisor:
         self.failure: Failure | None = None
         self.status_text = ""
         self.starts = 0
+        self.times_ready = 0
         self.last_reason = ""
         self._launch = launch
         self._limits = limits
@@ -247,6 +255,7 @@ class Supervisor:
             self.status_text = fields["STATUS"][:STATUS_CHARS_MAX]
         if fields.get("READY") == "1" and self.state is State.STARTING:
             self._ready_at = trio.current_time()
+            self.times_ready += 1
             self._move(Event.READY)
         self._changes.announce()
 
@@ -350,6 +359,8 @@ class Supervisor:
         self._stop_asked = trio.Event()
         self._kill_at = math.inf
         self._move(Event.SPAWNED)
+        if launched.is_ready:
+            self.notified({"READY": "1", "STATUS": _ADOPTED})
         overdue = trio.Event()
         status: int | None = None
         if self._wish is not _Wish.RUN:
@@ -372,9 +383,11 @@ class Supervisor:
                 if overdue.is_set()
                 else describe_exit(status)
             )
+            # Of one that was adopted nobody sees how it ended.
+            was_killed = status in {None, -signal.SIGKILL} and not overdue.is_set()
             # Nobody says why he is killed: what was logged before has another reason.
-            is_mute = status == -signal.SIGKILL and not overdue.is_set()
-            self._died(status, how, LastWords() if is_mute else launched.last_words())
+            last_words = LastWords() if was_killed else launched.last_words()
+            self._died(status, how, last_words, was_killed=was_killed)
         elif self.state is not State.STOPPING:
             self._move(Event.STOP)  # it ended by itself just when it was told to
 
@@ -398,12 +411,16 @@ class Supervisor:
         log.warning("did not end in time, killed", domain=self.name)
         process.signal(signal.SIGKILL)
 
-    def _died(self, status: int | None, how: str, last_words: LastWords) -> None:
+    def _died(
+        self, status: int | None, how: str, last_words: LastWords, *, was_killed: bool
+    ) -> None:
         """Decide what the unasked end of the process means for itself."""
         now = trio.current_time()
         if self._ready_at is not None and now - self._ready_at >= self._limits.stable_s:
             self._deaths_in_a_row = 0
-        self._deaths_in_a_row += 1
+        # Who is killed has not failed, and what is killed all day has to come back each time.
+        if not was_killed:
+            self._deaths_in_a_row += 1
         self.reason = self.last_reason = ": ".join(filter(None, (how, str(last_words))))
         log.warning("process died", domain=self.name, reason=self.reason)
         self._move(Event.EXITED)

@@ -5,17 +5,24 @@ Source: Xen's VTPM_ORD_* as in `protocol/manager_messages.py`.
 
 from __future__ import annotations
 
-from typing import Protocol, TypeVar
+import contextlib
+from typing import Final, Protocol, TypeVar
 
 from daemons.errors import ExitCode, Failure
-from daemons.ring_client import RingLost
+from daemons.ring_client import RECONNECTS_MAX, RingForgotten
 from protocol import manager_messages as messages
-from protocol.constants import HEADER_BYTES
+from protocol.constants import HEADER_BYTES, Ordinal, Tag
 from protocol.manager_messages import ManagerOrdinal
 from protocol.return_codes import ReturnCode, TpmError
 from protocol.wire import DecodeError
 
 T = TypeVar("T")
+
+_PLAIN: Final = Tag.RQU_COMMAND.to_bytes(2, "big")
+_CHANGE_NOTHING: Final = frozenset(
+    ordinal.to_bytes(4, "big") for ordinal in (Ordinal.GET_RANDOM, Ordinal.PCR_READ)
+)
+"""Commands of guests for the chip that are as good when they are run twice."""
 
 
 class Exchange(Protocol):
@@ -79,17 +86,26 @@ class ManagerLink:
         return response[HEADER_BYTES:]
 
     def pass_on(self, request: bytes) -> bytes:
-        """Give a guest's request for the manager to it unchanged, and its answer back."""
+        """Give a guest's request for the manager to it unchanged, and its answer back.
+
+        Raises:
+            RingLost: The manager died, and nobody knows whether it had done it.
+        """
+        if request[:2] == _PLAIN and request[6:HEADER_BYTES] in _CHANGE_NOTHING:
+            return self._exchange_over_deaths(request)
+        return self._exchange(request)
+
+    def _exchange_over_deaths(self, request: bytes) -> bytes:
+        # When the manager died it forgot whether it had done it. What we ask on our own account is
+        # the same done twice; what guests send through us is not, and is not sent again.
+        for _ in range(RECONNECTS_MAX):
+            with contextlib.suppress(RingForgotten):
+                return self._exchange(request)
         return self._exchange(request)
 
     def _ask(self, ordinal: ManagerOrdinal, operands: object | None, gives: type[T]) -> T:
         request = messages.request(ordinal, operands)
-        try:
-            response = self._exchange(request)
-        except RingLost:
-            # The manager died and forgot whether it had done it. What we ask on our own account is
-            # the same done twice; what guests send through us is not, and is not sent again.
-            response = self._exchange(request)
+        response = self._exchange_over_deaths(request)
         try:
             return messages.results(gives, response)
         except DecodeError as error:

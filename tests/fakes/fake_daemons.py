@@ -109,6 +109,8 @@ def domain(argv: list[str]) -> int:
 
     What happens is told in ROOT/story. Each leaves a socket behind, as a killed daemon does.
     """
+    must_go_on = "--go-on" in argv
+    argv = [word for word in argv if word != "--go-on"]
     options = dict(zip(argv[::2], argv[1::2], strict=True))
     root, name = Path(options["--root"]), options["--domain"]
     os.environ["FAKE_STORY"], os.environ["FAKE_NAME"] = str(root / "story"), name
@@ -123,6 +125,7 @@ def domain(argv: list[str]) -> int:
     words = behaviour.read_text().split() if behaviour.exists() else ["ready"]
     journal = left.with_name("journal")
     found = journal.read_text() if journal.exists() else ""
+    assert found or not must_go_on, "told to go on, and there is no journal"
     journal.write_text(str(os.getpid()))
     tell(event="started", domid=record["domid"], record=record, config=seen, journal=found)
     return BEHAVIOURS[words[0]](root, name, words[1:])

@@ -33,6 +33,9 @@ class FakeFirmware:
             raise Failure("the chip refused", why="it is a fake", next_step="mend it")
         self._tell("power_on")
 
+    async def adopt(self):
+        self._tell("adopt")
+
     async def launch_manager(self, config_text):
         self._tell("launch_manager", config=config_text)
 

@@ -16,7 +16,6 @@ from tests.system.scratch_stack import (
     VTPM2,
     example,
     kill_and_wait,
-    registered_pids,
     wait_until,
 )
 
@@ -104,20 +103,24 @@ def test_sigterm_stops_the_launcher_in_order(stack):
     assert order == sorted(order)
 
 
-def test_launcher_killed_alone_is_explained_and_cleaned_by_down(stack):
+def test_killed_launcher_costs_nobody_anything_and_up_takes_the_stack_over(stack):
     start(stack, *FIRST_CHAIN)
     before = stack.pids()
-    kill_and_wait(before.pop("Domain-0"))
+    kill_and_wait(before.pop("Domain-0"), before.pop("fork server"))
     # The guest never noticed.
     assert booted(stack, GUEST1) == fresh_boot(GUEST1)
-    said = stack.vtpm("up", example(MANAGER), status=69)
-    assert "whose launcher is gone still runs" in said.why
-    for name in ("hwtpm", *FIRST_CHAIN):
-        assert f"{name} (pid {before[name]})" in said.why
-    assert "vtpm down" in said.next_step
-    assert {n: p for n, p in registered_pids(stack).items() if n in before} == {
-        name: pid for name, pid in before.items() if name != "fork server"
-    }
+    assert "the stack is not up" in stack.vtpm("list", status=69).err
+    stack.up(*FIRST_CHAIN)
+    assert {name: pid for name, pid in stack.pids().items() if name in before} == before
+    assert booted(stack, GUEST1) == fresh_boot(GUEST1)
+    assert "took its domains over" in stack.log("launcher")
+    stack.down()
+    assert not stack.traces()
+
+
+def test_stack_whose_launcher_was_killed_is_ended_by_down(stack):
+    start(stack, *FIRST_CHAIN)
+    kill_and_wait(stack.pids()["Domain-0"])
     stack.down()
     assert not stack.traces()
     start(stack, *FIRST_CHAIN)

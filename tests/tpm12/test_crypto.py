@@ -19,7 +19,6 @@ from tpm12.crypto import (
     RsaKeyGenerator,
     RsaPrivateKey,
     RsaPublicKey,
-    Sha1Thread,
     aes128_ctr,
     aes128_ofb,
     hmac_key,
@@ -59,15 +58,6 @@ def test_hmac_is_the_standard_librarys(key, data):
 @given(parts=st.lists(st.binary(max_size=50), min_size=1, max_size=5))
 def test_sha1_hashes_the_concatenation(parts):
     assert sha1(*parts) == hashlib.sha1(b"".join(parts)).digest()
-
-
-@given(parts=st.lists(st.binary(max_size=100), max_size=5), last=st.binary(max_size=64))
-def test_sha1_thread_is_sha1_and_leaves_its_past_alone(parts, last):
-    threads = [Sha1Thread()]
-    for part in parts:
-        threads.append(threads[-1].fed(part))
-    for i, thread in enumerate(threads):
-        assert thread.digest(last) == hashlib.sha1(b"".join(parts[:i]) + last).digest()
 
 
 def test_mgf1_known_answers():

@@ -22,9 +22,10 @@ from protocol.wire import U32, Digest, Handle, Nonce, Sized, encode, wire
 from tpm12 import certification, pcrs
 from tpm12.authorization import Authorized
 from tpm12.certification import AnyCertifyInfo, CertifyInfo2
-from tpm12.crypto import PKCS1_OVERHEAD_BYTES, Sha1Thread, sha1
+from tpm12.crypto import PKCS1_OVERHEAD_BYTES, sha1
 from tpm12.dispatch import AuthBy, Gate, Nothing, command
 from tpm12.keys import ATTESTING_USAGES, SHA1_SIGNATURES, LoadedKey
+from tpm12.sha1 import Sha1Thread
 from tpm12.tpm import Tpm
 
 _SHA1_GATES = Gate.BEFORE_SELF_TEST | Gate.KEEPS_SHA1_THREAD

@@ -101,10 +101,18 @@ def test_a_guest_that_was_started_anew_finds_its_tpm_reset(backend):
     assert is_clean(backend, peer(domid=6, connection_id=2))
 
 
-def test_another_frontend_does_not_reset_it(backend):
+def test_another_guest_is_refused_while_one_is_connected(backend):
     backend.execute(peer(), EXTEND_PCR_10, 0, 1)
+    with pytest.raises(Refused, match="the TPM of guest1"):
+        backend.attached(peer(name="other", domid=9, connection_id=2))
+    assert not is_clean(backend, peer())
+
+
+def test_another_guest_finds_no_trace_of_the_one_before(backend):
+    backend.execute(peer(), EXTEND_PCR_10, 0, 1)
+    backend.detached(peer())
     backend.attached(peer(name="other", domid=9, connection_id=2))
-    assert not is_clean(backend, peer(name="other", domid=9, connection_id=2))
+    assert is_clean(backend, peer(name="other", domid=9, connection_id=2))
 
 
 def test_a_tpm_that_does_not_start_again_takes_no_frontend(manager):
@@ -115,6 +123,7 @@ def test_a_tpm_that_does_not_start_again_takes_no_frontend(manager):
     tpm.power_on_and_start()
     backend = VtpmBackend(tpm, ManagerLink(manager), start=failing)
     backend.attached(peer())
+    backend.detached(peer())
     with pytest.raises(Refused, match="did not start"):
         backend.attached(peer(domid=6, connection_id=2))
 
@@ -155,14 +164,6 @@ def test_a_manager_that_is_gone_is_an_input_output_error_for_the_guest(backend, 
     manager.fails = True
     response = backend.execute(peer(), bytes.fromhex("01c20000000a02000101"), 0, 1)
     assert code(response) is ReturnCode.IOERROR
-
-
-@pytest.mark.parametrize("ordinal", range(0x2C, 0x31))
-def test_maintenance_commands_need_maintcmds(manager, ordinal):
-    request = bytes.fromhex("00c10000000a") + ordinal.to_bytes(4, "big")
-    without, with_them = backend_of(manager), backend_of(manager, has_maintenance_commands=True)
-    assert code(without.execute(peer(), request, 0, 1)) is ReturnCode.BAD_ORDINAL
-    assert code(with_them.execute(peer(), request, 0, 1)) is not ReturnCode.BAD_ORDINAL
 
 
 @pytest.mark.parametrize("request_", [b"", b"\x00", b"\x00\xc1", bytes(9), bytes(4088)])

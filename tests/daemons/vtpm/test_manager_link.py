@@ -3,7 +3,7 @@
 import pytest
 
 from daemons.errors import Failure
-from daemons.ring_client import RingLost
+from daemons.ring_client import RingForgotten, RingLost
 from daemons.vtpm.manager_link import ManagerLink
 from protocol.return_codes import ReturnCode
 
@@ -30,6 +30,10 @@ class Ring:
         if isinstance(given, Exception):
             raise given
         return given
+
+
+def forgotten():
+    return RingForgotten("lost", why="told to", next_step="none")
 
 
 def lost():
@@ -73,17 +77,38 @@ def test_nonsense_is_a_failure_and_never_a_new_vtpm(response):
         ManagerLink(Ring(response)).load_hash_key()
 
 
-def test_a_request_of_our_own_is_asked_again_when_the_manager_forgot_it():
-    ring = Ring(lost(), answer())
+@pytest.mark.parametrize("deaths", [1, 2, 9])
+def test_a_request_of_our_own_is_asked_again_when_the_manager_forgot_it(deaths):
+    ring = Ring(*[forgotten() for _ in range(deaths)], answer())
     ManagerLink(ring).save_hash_key(RECORD)
-    assert ring.requests[0] == ring.requests[1]
+    assert ring.requests == [ring.requests[0]] * (deaths + 1)
 
 
-def test_a_request_of_a_guest_is_not():
+def test_a_manager_that_never_lives_long_enough_is_given_up():
+    with pytest.raises(RingForgotten):
+        ManagerLink(Ring(*[forgotten() for _ in range(99)])).save_hash_key(RECORD)
+
+
+def test_a_manager_that_does_not_come_back_is_not_asked_again():
     ring = Ring(lost(), answer())
+    with pytest.raises(RingLost):
+        ManagerLink(ring).save_hash_key(RECORD)
+    assert len(ring.requests) == 1
+
+
+def test_a_request_of_a_guest_that_changes_something_is_not_asked_again():
+    ring = Ring(forgotten(), answer())
     with pytest.raises(RingLost):
         ManagerLink(ring).pass_on(bytes.fromhex("00c1000000220000001400000000") + bytes(20))
     assert len(ring.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "request_hex", ["00c10000000e0000001500000011", "00c10000000e0000004600000008"]
+)
+def test_a_request_of_a_guest_that_changes_nothing_is_asked_again(request_hex):
+    ring = Ring(forgotten(), answer(tag=0xC4))
+    assert ManagerLink(ring).pass_on(bytes.fromhex(request_hex)) == answer(tag=0xC4)
 
 
 def test_hardware_pcr_reads_the_chips_pcr():

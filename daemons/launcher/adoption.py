@@ -1,0 +1,169 @@
+"""A launcher that was killed leaves its domains serving; the next one takes them over as they are.
+
+What it needs is on disk: the registry names every domain with its process, each domain's run
+directory has its config file, and a marker says that the chip has its power, since which boot of
+the machine. Processes that died meanwhile are started again and go on from their journals.
+
+Not taken over: a domain that was created paused and never started, and a process from outside
+(`attach_external`), which is no guest any longer. How often a domain was started begins anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import structlog
+import trio
+
+from daemons.errors import Failure
+from daemons.journal import boot_id
+from daemons.launcher.last_words import read_last_words
+from daemons.launcher.processes import is_alive, send_signal
+from daemons.launcher.supervisor import Launched
+from daemons.places import CHIP_NAME, Places
+from daemons.registry import DomainRecord, Registry, Role
+
+MARKER_NAME: Final = "powered"
+READY_NAME: Final = "ready"
+"""In a domain's run directory, beside its journal: one of its processes was ready."""
+_STOPPED: Final = "T"
+
+log = structlog.get_logger()
+
+
+class AdoptedProcess:
+    """A process that an earlier launcher has started; its parent is that launcher's fork server."""
+
+    def __init__(self, pid: int, start_time: int) -> None:
+        self.pid = pid
+        self.start_time = start_time
+
+    def release(self) -> None:
+        """It has long been released."""
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to its whole process group; nothing happens when it has ended."""
+        if is_alive(self.pid, self.start_time):
+            try:
+                os.killpg(self.pid, number)
+            except (ProcessLookupError, PermissionError):
+                send_signal(self.pid, self.start_time, number)
+
+    async def wait(self) -> int | None:
+        """Wait for its end; how it ended is for its parent to see."""
+        with contextlib.suppress(ProcessLookupError):
+            handle = os.pidfd_open(self.pid)
+            try:
+                if is_alive(self.pid, self.start_time):
+                    await trio.lowlevel.wait_readable(handle)
+            finally:
+                os.close(handle)
+        return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OldStack:
+    """What an earlier launcher has left under a root whose chip has its power.
+
+    Attributes:
+        chip: The chip's record.
+        domains: Records of the others, in the order of their domids.
+        configs: The config file of each that was to be started.
+    """
+
+    chip: DomainRecord
+    domains: tuple[DomainRecord, ...]
+    configs: dict[str, str]
+
+
+def note_power(places: Places) -> None:
+    """Write down that the chip has its power, and its firmware has played through."""
+    marker = _marker(places)
+    marker.touch(mode=0o600)
+    marker.write_text(boot_id().hex(), encoding="ascii")
+
+
+def forget_power(places: Places) -> None:
+    """Write down that it has none."""
+    _marker(places).unlink(missing_ok=True)
+
+
+def note_ready(places: Places, name: str) -> None:
+    """Write down that a domain serves, and so may be used."""
+    (places.domain(name).directory / READY_NAME).touch(mode=0o600)
+
+
+def was_ready(places: Places, name: str) -> bool:
+    """Whether one of the domain's processes has served since its journal began."""
+    return (places.domain(name).directory / READY_NAME).exists()
+
+
+def _marker(places: Places) -> Path:
+    return places.run / MARKER_NAME
+
+
+def find_old_stack(places: Places) -> OldStack | None:
+    """Look for what can be taken over.
+
+    Returns:
+        None when there is nothing: no stack was up, or the machine was booted since.
+
+    Raises:
+        DamagedRegistry: A record cannot be believed.
+    """
+    try:
+        marker = _marker(places).read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError):
+        return None
+    registry = Registry(places.registry)
+    chip = registry.get(CHIP_NAME)
+    if marker != boot_id().hex() or chip is None:
+        return None
+    others = [record for record in registry.all() if record.role not in {Role.DOMAIN0, Role.HWTPM}]
+    configs = {}
+    for record in others:
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            configs[record.name] = places.domain(record.name).config.read_text(encoding="utf-8")
+    domains = tuple(sorted(others, key=lambda record: record.domid))
+    return OldStack(chip=chip, domains=domains, configs=configs)
+
+
+def launched_before(places: Places, record: DomainRecord) -> Launched | None:
+    """The living process of a record, as if it had just been started; None when it is dead."""
+    pid, start_time = record.pid, record.start_time
+    if pid is None or start_time is None or not is_alive(pid, start_time):
+        return None
+    log_path = places.log_dir / f"{record.name}.log"
+    since_byte = log_path.stat().st_size if log_path.exists() else 0
+    return Launched(
+        process=AdoptedProcess(pid, start_time),
+        last_words=lambda: read_last_words(log_path, since_byte),
+        is_ready=True,
+    )
+
+
+def is_standing(record: DomainRecord) -> bool:
+    """Whether its process was paused."""
+    try:
+        stat = Path(f"/proc/{record.pid}/stat").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] == _STOPPED
+
+
+def say_adopted(names: list[str]) -> None:
+    """Tell who was taken over."""
+    log.warning("an earlier launcher was killed; took its domains over", domains=" ".join(names))
+
+
+def say_left(record: DomainRecord, failure: Failure | None) -> None:
+    """Tell who could not be."""
+    why = (
+        "it was not started by a launcher" if failure is None else f"{failure.what}: {failure.why}"
+    )
+    log.warning("a domain of an earlier launcher is not taken over", domain=record.name, why=why)
