@@ -25,15 +25,15 @@ import trio
 from daemons import logs, policy, settings
 from daemons.disk import PosixDisk
 from daemons.errors import ExitCode, Failure
-from daemons.listeners import InheritedSockets, Kind, inherit_or_listen
+from daemons.listeners import Kind, activated_or_listen
 from daemons.manager import sealing
 from daemons.manager.admission import Admission, Client, label_patterns
-from daemons.manager.chip import Chip, ChipSecrets, Progress
+from daemons.manager.chip import Chip, ChipSecrets
 from daemons.manager.handle_journal import HandleJournal
 from daemons.manager.manager_settings import VtpmmgrdSettings
+from daemons.manager.opening import NO_ANCHOR, Wishes, open_vault, reopen_vault
 from daemons.manager.requests import Requests
-from daemons.manager.vault import Vault, inspect
-from daemons.manager.vault_format import KEY_BYTES, RootHeader, SealedKey
+from daemons.manager.vault_format import SealedKey
 from daemons.manager.vault_keeper import VaultKeeper
 from daemons.places import Places
 from daemons.registry import Registry, Role
@@ -44,12 +44,11 @@ from daemons.tis_link import TisLink
 from daemons.world import SystemRng
 from daemons.xl.domain_arguments import ManagerArguments, TpmDriver
 from daemons.xl.domain_config import STATE_DISK, DomainConfig, read_domain
-from tpm12.ports import Rng
 
 PROGRAM: Final = "vtpmmgrd"
 SOCKET_NAME: Final = "ring"
 """What the ring socket is called when systemd passes it."""
-VAULT_ID_BYTES: Final = 16
+CLOSE_CHIP_S: Final = 1.0
 
 T = TypeVar("T")
 
@@ -69,7 +68,7 @@ class Setup:
 
     image: Path
     arguments: ManagerArguments
-    seal_pcrs: tuple[int, ...]
+    wishes: Wishes
 
 
 class ManagerBackend:
@@ -119,74 +118,6 @@ class ManagerBackend:
         self._requests.disconnected(self._clients.pop(peer.connection_id))
 
 
-# -- the vault -------------------------------------------------------------------------------------
-
-
-def open_vault(
-    disk: PosixDisk, chip: Chip, setup: Setup, progress: Progress, rng: Rng
-) -> tuple[Vault, SealedKey]:
-    """Open the vault in an image, or make one in a blank image.
-
-    Returns:
-        The vault, and the seal by which it is opened.
-
-    Raises:
-        Failure: The image is damaged, or the chip does not give the key; both stay as they are.
-    """
-    # Before the chip is touched: an image that is refused must not cost a chip its owner.
-    is_blank = inspect(disk).is_blank
-    chip.start()
-    if is_blank:
-        progress("making a new vault in a blank image")
-        return create_vault(disk, chip, setup, rng)
-    progress("unsealing the manager's key")
-    opened_by: list[tuple[bytes, SealedKey]] = []
-
-    def unseal(header: RootHeader) -> bytes:
-        opened_by.append(sealing.unseal(chip, header))
-        return opened_by[0][0]
-
-    vault = Vault.open(disk, unseal, random_bytes=rng.random)
-    vault_key, sealed = opened_by[0]
-    is_ours = sealed.name == sealing.AS_MEASURED
-    if is_ours and sealing.indices_of(sealed) != setup.seal_pcrs:
-        progress("sealing the manager's key to the PCRs of the settings")
-        others = tuple(seal for seal in vault.header.seals if seal != sealed)
-        sealed = _seal(chip, setup, vault.header.vault_id, vault_key)
-        vault.reseal((*others, sealed))
-    return vault, sealed
-
-
-def create_vault(disk: PosixDisk, chip: Chip, setup: Setup, rng: Rng) -> tuple[Vault, SealedKey]:
-    """Make a vault whose key is sealed to the platform as it is measured now."""
-    vault_id, vault_key = rng.random(VAULT_ID_BYTES), rng.random(KEY_BYTES)
-    sealed = _seal(chip, setup, vault_id, vault_key)
-    vault = Vault.create(
-        disk, vault_key, vault_id=vault_id, seals=(sealed,), random_bytes=rng.random
-    )
-    return vault, sealed
-
-
-def _seal(chip: Chip, setup: Setup, vault_id: bytes, vault_key: bytes) -> SealedKey:
-    locality = setup.arguments.tpm_locality
-    return sealing.seal(
-        chip, vault_id=vault_id, vault_key=vault_key, pcrs=setup.seal_pcrs, locality=locality
-    )
-
-
-def reopen_vault(image: Path, failed: Vault) -> Vault:
-    """Open the image again after its disk failed."""
-    failed.close()
-    disk = PosixDisk(image)
-    try:
-        vault = failed.reopened(disk)
-    except BaseException:
-        disk.close()
-        raise
-    structlog.get_logger().info("opened the image again", sequence=vault.sequence)
-    return vault
-
-
 # -- the process -----------------------------------------------------------------------------------
 
 
@@ -213,7 +144,7 @@ async def run(options: Options) -> None:
         rng = SystemRng()
         chip = Chip(link, secrets, HandleJournal(own.journal), notifier.status, rng)
         vault, sealed = await _with_link(
-            link, partial(open_vault, disk, chip, setup, notifier.status, rng)
+            link, partial(open_vault, disk, chip, setup.wishes, notifier.status, rng)
         )
         keeper = VaultKeeper(vault, partial(reopen_vault, setup.image))
         tell_count = partial(_tell_count, notifier, sealed)
@@ -221,15 +152,19 @@ async def run(options: Options) -> None:
         requests = Requests(keeper, chip, partial(_tell, notifier))
         backend = ManagerBackend(requests, admission, keeper, tell_count)
         try:
-            listener = inherit_or_listen(
-                InheritedSockets.from_environment(os.environ),
-                SOCKET_NAME,
-                own.ring_socket,
-                Kind.SEQPACKET,
+            listener = activated_or_listen(SOCKET_NAME, own.ring_socket, Kind.SEQPACKET)
+            await serve_rings(
+                listener,
+                backend,
+                admission.admit,
+                settings=chosen.rings,
+                is_alive=partial(len, keeper),
             )
-            await serve_rings(listener, backend, admission.admit, settings=chosen.rings)
         finally:
             keeper.close()
+            # The chip may be gone; then its session is gone too, or the next manager ends it.
+            with trio.move_on_after(CLOSE_CHIP_S, shield=True):
+                await trio.to_thread.run_sync(chip.close, abandon_on_cancel=True)
 
 
 def read_setup(config: DomainConfig, places: Places, chosen: VtpmmgrdSettings) -> Setup:
@@ -259,8 +194,27 @@ def read_setup(config: DomainConfig, places: Places, chosen: VtpmmgrdSettings) -
     return Setup(
         image=places.images(disk.target),
         arguments=arguments,
-        seal_pcrs=sealing.pcr_indices(chosen.seal_pcrs),
+        wishes=Wishes(
+            locality=arguments.tpm_locality,
+            seal_pcrs=sealing.pcr_indices(chosen.seal_pcrs),
+            abandoned_anchor=_nv_index(chosen.abandoned_anchor),
+            key_generation=chosen.key_generation,
+        ),
     )
+
+
+def _nv_index(text: str) -> int:
+    if not text:
+        return NO_ANCHOR
+    try:
+        return int(text, 16)
+    except ValueError:
+        raise Failure(
+            "the manager's setting abandoned_anchor is refused",
+            why=f"{text[:20]!a} is no NV index",
+            next_step='Write it as the manager did, like "0x00015000".',
+            exit_code=ExitCode.CONFIGURATION,
+        ) from None
 
 
 def _link(places: Places, arguments: ManagerArguments) -> TisLink:

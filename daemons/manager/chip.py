@@ -2,8 +2,8 @@
 
 Source: `stubdom/vtpmmgr/init.c` for the order of start-up. Not kept from there: flushing
 everybody's handles (only the leftovers of an earlier manager are flushed, see `handle_journal.py`),
-one session for the whole life of the manager (sessions are opened for one command and end with it,
-so a failed command takes nothing with it).
+one session for everything and for the whole life of the manager (sessions are opened for one
+command and end with it; one is kept, for what every save does, and opened anew when it fails).
 
 Leaves to others: moving bytes (`tis_link.py`), what is sealed (`sealing.py`), TPM_Startup and the
 measuring of the platform (the firmware's part, played by the launcher).
@@ -14,16 +14,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from daemons.errors import ExitCode, Failure
 from daemons.manager.handle_journal import HandleJournal, Handles, Leftovers
-from protocol.constants import CapabilityArea, CapabilityProperty, Ordinal
+from protocol.constants import CapabilityArea, CapabilityProperty, Ordinal, ResourceType
 from protocol.return_codes import ReturnCode, TpmError
 from protocol.structures import CapVersionInfo
 from protocol.wire import DecodeError, decode
 from tpm12.client import TpmClient
-from tpm12.client_core import BadResponseError
+from tpm12.client_core import BadResponseError, ClientSession, Use
 from tpm12.ports import Rng
 
 Progress = Callable[[str], None]
@@ -130,6 +130,8 @@ class Chip:
         self._journal = journal
         self._progress = progress
         self._client = TpmClient(self._run_own, rng=rng)
+        self._session: ClientSession | None = None
+        self._abandoned: list[int] = []
         self.secrets = secrets
 
     def exchange(self, request: bytes) -> bytes:
@@ -167,6 +169,77 @@ class Chip:
                 " in owner_auth= or srk_auth= is wrong.",
                 exit_code=ExitCode.UNAVAILABLE,
             ) from error
+
+    def authorized(
+        self,
+        doing: str,
+        ordinal: Ordinal,
+        secret: bytes,
+        **operands: Any,  # noqa: ANN401 - any command's
+    ) -> Any:  # noqa: ANN401 - any command's
+        """Run one command with one authorization, under a session that stays open for the next.
+
+        For what is done with every save: opening a session costs as much as the command.
+
+        Args:
+            doing: See `operation`.
+            ordinal: The command, which may be run twice.
+            secret: What it proves, 20 bytes.
+            operands: As in `TpmClient.call`.
+
+        Raises:
+            Failure: See `operation`.
+        """
+        with self.operation(doing) as tpm:
+            try:
+                return self._under_session(tpm, ordinal, secret, operands)
+            except TpmError as error:
+                # Somebody flushed it, or it ended with a power cycle.
+                if error.code != ReturnCode.INVALID_AUTHHANDLE:
+                    raise
+            return self._under_session(tpm, ordinal, secret, operands)
+
+    def _under_session(
+        self, tpm: TpmClient, ordinal: Ordinal, secret: bytes, operands: dict[str, Any]
+    ) -> Any:  # noqa: ANN401 - any command's
+        session = self._session
+        if session is None:
+            self._flush_abandoned(tpm)
+            session = self._session = tpm.oiap()
+            self._journal.keep(ResourceType.AUTH, session.handle)
+        try:
+            answer = tpm.call(ordinal, Use(session, secret, continues=True), **operands)
+        except Failure:
+            # The chip is out of reach, and it is not known where the session's nonces are.
+            self._abandoned.append(session.handle)
+            self._session = None
+            raise
+        except (TpmError, BadResponseError):
+            self._let_session_go()
+            raise
+        if not session.is_open:
+            self._let_session_go()
+        return answer
+
+    def _flush_abandoned(self, tpm: TpmClient) -> None:
+        while self._abandoned:
+            with contextlib.suppress(TpmError):
+                tpm.flush_specific(self._abandoned[-1], ResourceType.AUTH)
+            self._journal.unkeep(ResourceType.AUTH, self._abandoned.pop())
+
+    def _let_session_go(self) -> None:
+        if self._session is not None:
+            self._journal.unkeep(ResourceType.AUTH, self._session.handle)
+            self._session = None
+
+    def close(self) -> None:
+        """End the session that was kept open, as far as the chip can be reached."""
+        if self._session is None:
+            return
+        self._let_session_go()
+        with contextlib.suppress(Failure):
+            self._flush(self._journal.handles)
+            self._let_others_in()
 
     @contextlib.contextmanager
     def _cleaned_up(self) -> Iterator[None]:

@@ -68,6 +68,7 @@ class HandleJournal:
         self._beside = path.with_name(path.name + ".new")
         self._now = Leftovers()
         self._has_written = False
+        self._kept: Handles = ()
 
     def read(self) -> Leftovers:
         """What the file says; nothing when it is not there or cannot be understood."""
@@ -142,14 +143,27 @@ class HandleJournal:
 
     @property
     def handles(self) -> Handles:
-        """What was opened since `clear`; some of it may have ended since."""
-        return self._now.handles
+        """What was opened since `clear`, but for what is kept; some may have ended since."""
+        return tuple(handle for handle in self._now.handles if handle not in self._kept)
+
+    def keep(self, kind: int, handle: int) -> None:
+        """Let a handle stay open, and in the file, when the rest is cleared."""
+        self._kept = (*self._kept, (kind, handle))
+
+    def unkeep(self, kind: int, handle: int) -> None:
+        """Treat a handle that was kept as any other again."""
+        self._kept = tuple(kept for kept in self._kept if kept != (kind, handle))
 
     def clear(self) -> None:
-        """Say that nothing of ours is in the chip."""
+        """Say that nothing of ours is in the chip, but for what is kept."""
+        if self._now.handles and self._now.handles == self._kept and not self._now.outstanding:
+            return  # the file says so already
         # What an earlier manager wrote stays until its leftovers are gone.
-        if self._has_written:
+        if self._has_written and not self._kept:
             self._path.unlink(missing_ok=True)
+        elif self._has_written:
+            self._write(Leftovers(epoch=self._now.epoch, handles=self._kept))
+            return
         self._now, self._has_written = Leftovers(epoch=self._now.epoch), False
 
     def _write(self, now: Leftovers) -> None:

@@ -1,7 +1,8 @@
 """The manager's records, kept so that a power cut at any instant leaves the old or the new.
 
 A save writes the changed leaf and its ancestors to free pages, syncs, writes both copies of the
-next root, syncs, and only then reports success. Pages that the current root needs are never
+next root, syncs, tells the chip (where the vault is anchored in one), and only then reports
+success. Pages that the current root needs are never
 written. What a save costs depends on the height of the tree alone, which is the same for one vTPM
 and for the 24,000 that 2 MiB hold: four pages and two syncs.
 
@@ -15,6 +16,7 @@ Invariants:
 - What was acknowledged is found again; what was not may be.
 - A vault is created only in a blank image. Everything else that cannot be opened is refused.
 - After a failed write or sync nothing more is read or written until the image is opened again.
+- An image whose newest root is not the chip's newest, or the one right after it, is refused.
 - Memory holds UUIDs and hashes; the keys of the vTPMs stay encrypted on the disk until asked for.
 """
 
@@ -23,12 +25,13 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 from uuid import UUID
 
 from daemons.disk import Disk
-from daemons.errors import ExitCode
+from daemons.errors import ExitCode, Failure
+from daemons.manager.anchoring import Anchor, Anchored, is_one_ahead
 from daemons.manager.vault_format import (
     BODY_BYTES,
     FANOUT,
@@ -40,10 +43,12 @@ from daemons.manager.vault_format import (
     RECORDS_PER_LEAF,
     ROOT_CHILDREN_MAX,
     ROOT_PAGES,
+    Anchorage,
     Damaged,
     Full,
     NodeKind,
     NodePlace,
+    NotAnchored,
     NotReadable,
     NotStored,
     PageState,
@@ -70,6 +75,7 @@ from daemons.manager.vault_format import (
 
 RandomBytes = Callable[[int], bytes]
 BLANK_CHECK_BYTES: Final = 1 << 20
+HASH_BYTES: Final = 32
 
 
 # -- what is in an image, before any key is known --------------------------------------------------
@@ -177,12 +183,22 @@ class Vault:
     """An open image. Made by `create` or `open`."""
 
     def __init__(
-        self, disk: Disk, header: RootHeader, keys: VaultKeys, random_bytes: RandomBytes
+        self,
+        disk: Disk,
+        header: RootHeader,
+        keys: VaultKeys,
+        random_bytes: RandomBytes,
+        anchor: Anchor | None = None,
     ) -> None:
         self._disk = disk
         self._header = header
         self._sealer = Sealer(disk.name, header.vault_id, keys)
         self._random_bytes = random_bytes
+        self._anchor = anchor
+        self._newest = Root(sequence=header.sequence, trees=())
+        self._digest = bytes(HASH_BYTES)
+        self._next_keys: VaultKeys | None = None
+        self._old_pages: set[int] = set()
         self._page_count = disk.size // PAGE_BYTES
         self._levels: list[list[Reference]] = [[] for _ in level_sizes(0)]
         self._positions: dict[bytes, int] = {}
@@ -192,7 +208,7 @@ class Vault:
         self._failure: NotStored | None = None
 
     @classmethod
-    def create(
+    def create(  # noqa: PLR0913 - one by place, and what a vault is made of by name
         cls,
         disk: Disk,
         vault_key: bytes,
@@ -200,6 +216,8 @@ class Vault:
         vault_id: bytes,
         seals: tuple[SealedKey, ...],
         random_bytes: RandomBytes,
+        anchor: Anchor | None = None,
+        anchorage: Anchorage | None = None,
     ) -> Vault:
         """Make a vault in a blank image.
 
@@ -209,6 +227,8 @@ class Vault:
             vault_id: 16 random bytes.
             seals: Where the next manager finds the vault key.
             random_bytes: Gives nonces.
+            anchor: The chip.
+            anchorage: Where in it the vault will be anchored; not confirmed yet.
 
         Raises:
             Damaged: The image is not blank.
@@ -224,10 +244,12 @@ class Vault:
             key_check=keys.key_check,
             seals=seals,
         )
-        vault = cls(disk, header, keys, random_bytes)
+        vault = cls(disk, header, keys, random_bytes, anchor)
+        if anchorage is not None:
+            vault._newest = replace(vault._newest, anchorages=(anchorage,))
         # Twice: see `_require_blank`.
-        vault._commit_root(vault._levels, seals)
-        vault._commit_root(vault._levels, seals)
+        vault._commit_root(vault._levels)
+        vault._commit_root(vault._levels)
         return vault
 
     @classmethod
@@ -238,6 +260,7 @@ class Vault:
         *,
         random_bytes: RandomBytes,
         minimum_sequence: int = 0,
+        anchor: Anchor | None = None,
     ) -> Vault:
         """Open the newest state of an image, after checking all of it.
 
@@ -245,16 +268,19 @@ class Vault:
             disk: The image.
             unseal: Gives the vault key, from the seals in the header; what it raises is passed on.
             random_bytes: Gives nonces.
-            minimum_sequence: What is known from elsewhere (the chip) to have been acknowledged.
+            minimum_sequence: What is known from elsewhere to have been acknowledged.
+            anchor: The chip; it is asked where the image says that it is anchored in one.
 
         Raises:
             WrongKey: `unseal` gave the key of another vault.
-            RolledBack: The image is older than `minimum_sequence`.
+            RolledBack: The image is older than `minimum_sequence`, or than the chip says.
+            NotAnchored: The chip knows nothing of it, or another history.
+            Failure: The chip does not answer.
             Damaged: Anything does not verify, or the image is blank.
             VaultError: See `inspect`.
         """
         found, header = _inspect_vault(disk)
-        vault = cls(disk, header, VaultKeys.derive(unseal(header)), random_bytes)
+        vault = cls(disk, header, VaultKeys.derive(unseal(header)), random_bytes, anchor)
         vault._load(found, minimum_sequence)
         return vault
 
@@ -269,7 +295,11 @@ class Vault:
         found, header = _inspect_vault(disk)
         if header.vault_id != self._header.vault_id:
             raise Damaged(disk.name, "it is another vault's image than before")
-        vault = Vault(disk, header, self._sealer.keys, self._random_bytes)
+        keys = self._sealer.keys
+        # The failure may have come when the root of a new key was written, or written half.
+        if self._next_keys is not None and self._next_keys.key_check == header.key_check:
+            keys = self._next_keys
+        vault = Vault(disk, header, keys, self._random_bytes, self._anchor)
         vault._load(found, self.sequence)
         return vault
 
@@ -293,6 +323,21 @@ class Vault:
     def failure(self) -> NotStored | None:
         """Why the vault must be opened again, if it must."""
         return self._failure
+
+    @property
+    def anchorage(self) -> Anchorage | None:
+        """Where in the chip the vault is anchored."""
+        return self._newest.anchorage
+
+    @property
+    def anchored(self) -> Anchored:
+        """What the chip is to know of the current root."""
+        return Anchored(sequence=self.sequence, digest=self._digest)
+
+    @property
+    def key_generation(self) -> int:
+        """How often this vault got a key."""
+        return self._newest.key_generation
 
     @property
     def capacity(self) -> int:
@@ -357,13 +402,7 @@ class Vault:
             change.remove(uuid.bytes)
         if not change.by_position:
             return
-        levels, replaced, used = self._write_nodes(change)
-        self._commit_root(levels, self._header.seals)
-        for _ in range(used):
-            self._free.popleft()
-        self._free.extend(replaced)
-        self._levels = levels
-        change.apply(self._positions, self._vacant)
+        self._commit_change(change)
 
     def reseal(self, seals: tuple[SealedKey, ...]) -> None:
         """Replace the sealed forms of the vault key. The key itself stays.
@@ -373,9 +412,73 @@ class Vault:
             NotStored: The disk failed; the vault must be opened again.
         """
         self._require_working()
-        self._commit_root(self._levels, seals)
+        self._commit_root(self._levels, seals=seals)
+
+    def set_anchorage(self, anchorage: Anchorage) -> None:
+        """Say where in the chip the vault is anchored; the chip is told when that is confirmed.
+
+        Raises:
+            NotStored: The disk or the chip failed; the vault must be opened again.
+        """
+        self._require_working()
+        self._commit_root(self._levels, root=replace(self._newest, anchorages=(anchorage,)))
+
+    # -- another key
+
+    def rotate(self, vault_key: bytes, seals: tuple[SealedKey, ...], *, generation: int) -> None:
+        """Bring in a new vault key, and write everything anew under it.
+
+        A crash leaves a vault that opens with the old key or with the new one, as its seals say;
+        `finish_rotation` then does the rest. Records can be loaded and saved in between.
+
+        Args:
+            vault_key: 32 random bytes that are sealed in `seals`.
+            seals: Where the next manager finds the new key.
+            generation: Its number, for people.
+
+        Raises:
+            VaultError: See `save`.
+        """
+        self.finish_rotation()
+        keys, old = VaultKeys.derive(vault_key), self._sealer.keys
+        self._next_keys = keys
+        root = replace(self._newest, key_generation=generation, old_node_keys=(old.node_key,))
+        self._commit_root(self._levels, seals=seals, root=root, keys=keys)
+        self._next_keys = None
+        self._old_pages = {reference.page for level in self._levels for reference in level}
+        self.finish_rotation()
+
+    def finish_rotation(self) -> None:
+        """Write what is still under an old key under the current one, then forget the old one.
+
+        Raises:
+            VaultError: See `save`.
+        """
+        self._require_working()
+        if not self._newest.old_node_keys:
+            return
+        # Each step takes as many leaves as there are free pages for, with all that is above them.
+        step = max(1, len(self._free) // len(self._levels))
+        while old := self._leaves_under_old_key():
+            change = _Change(self._positions, self._vacant, len(self._levels[0]))
+            change.touched.update(old[:step])
+            self._commit_change(change)
+        self._commit_root(self._levels, root=replace(self._newest, old_node_keys=()))
+
+    def _leaves_under_old_key(self) -> list[int]:
+        return [n for n, leaf in enumerate(self._levels[0]) if leaf.page in self._old_pages]
 
     # -- saving
+
+    def _commit_change(self, change: _Change) -> None:
+        levels, replaced, used = self._write_nodes(change)
+        self._commit_root(levels)
+        for _ in range(used):
+            self._free.popleft()
+        self._free.extend(replaced)
+        self._old_pages.difference_update(replaced)
+        self._levels = levels
+        change.apply(self._positions, self._vacant)
 
     def _write_nodes(self, change: _Change) -> tuple[list[list[Reference]], list[int], int]:
         """Write the changed leaves and all nodes above them to free pages, and sync.
@@ -438,13 +541,30 @@ class Vault:
         self._write(page, stored)
         return Reference(page=page, digest=hashlib.sha256(stored).digest())
 
-    def _commit_root(self, levels: list[list[Reference]], seals: tuple[SealedKey, ...]) -> None:
+    def _commit_root(
+        self,
+        levels: list[list[Reference]],
+        *,
+        seals: tuple[SealedKey, ...] | None = None,
+        root: Root | None = None,
+        keys: VaultKeys | None = None,
+    ) -> None:
+        """Write the next root, sync, and tell the chip; then it is the current one.
+
+        Args:
+            levels: The nodes it holds.
+            seals: Its seals, if others than now.
+            root: Its other contents, if others than now.
+            keys: What it is written under, if anything else than now.
+        """
+        keys = keys or self._sealer.keys
+        root = root or self._newest
         header = RootHeader(
             sequence=self._header.sequence + 1,
             vault_id=self._header.vault_id,
             page_count=self._page_count,
-            key_check=self._header.key_check,
-            seals=seals,
+            key_check=keys.key_check,
+            seals=self._header.seals if seals is None else seals,
         )
         tree = Tree(
             kind=NodeKind.RECORDS,
@@ -452,25 +572,52 @@ class Vault:
             leaf_count=len(levels[0]),
             children=tuple(levels[-1]),
         )
-        root = Root(sequence=header.sequence, trees=(tree,))
-        page = self._sealer.close_root(header, root, nonce=self._random_bytes(NONCE_BYTES))
+        root = replace(root, sequence=header.sequence, previous=self._digest, trees=(tree,))
+        sealer = replace(self._sealer, keys=keys, old_node_keys=root.old_node_keys)
+        page = sealer.close_root(header, root, nonce=self._random_bytes(NONCE_BYTES))
         for number in root_pages(header.sequence):
             self._write(number, page)
         self._sync()
-        self._header = header
+        anchored = Anchored(sequence=header.sequence, digest=hashlib.sha256(page).digest())
+        self._tell_anchor(root, anchored)
+        self._header, self._newest, self._digest = header, root, anchored.digest
+        self._sealer = sealer
+
+    def _tell_anchor(self, root: Root, anchored: Anchored) -> None:
+        if self._anchor is None or root.anchorage is None or not root.anchorage.is_confirmed:
+            return
+        try:
+            self._anchor.write(root.anchorage, anchored)
+        except Failure as failure:
+            why = f"the hardware TPM was not told of root {anchored.sequence}: {failure.why}"
+            raise self._poison(why) from failure
 
     # -- opening
 
     def _load(self, found: Inspection, minimum_sequence: int) -> None:
         header, name = self._header, self._disk.name
+        self._digest = hashlib.sha256(found.root_page).digest()
         if self._sealer.keys.key_check != header.key_check:
             raise WrongKey(name)
         root = self._sealer.open_root(found.root_page, header.sequence)
         # Only now is the sequence number proven.
         if header.sequence < minimum_sequence:
             raise RolledBack(name, header.sequence, minimum_sequence)
+        self._newest = root
+        self._sealer = replace(self._sealer, old_node_keys=root.old_node_keys)
+        is_one_ahead = self._compare_with_anchor(root)
         self._load_tree(root)
         self._heal(found)
+        if is_one_ahead:
+            self._tell_anchor(root, self.anchored)
+
+    def _compare_with_anchor(self, root: Root) -> bool:
+        if root.anchorage is None:
+            return False
+        if self._anchor is None:
+            raise NotAnchored(self._disk.name, "the chip was not asked")
+        anchored = self._anchor.read(root.anchorage)
+        return is_one_ahead(self._disk.name, root, self._digest, anchored)
 
     def _load_tree(self, root: Root) -> None:
         name = self._disk.name
@@ -502,7 +649,11 @@ class Vault:
         if not ROOT_PAGES <= reference.page < self._page_count or reference.page in taken:
             raise Damaged(self._disk.name, f"page {reference.page} cannot be a node, or is two")
         taken.add(reference.page)
-        return self._sealer.open_node(reference, place, _read(self._disk, reference.page))
+        stored = _read(self._disk, reference.page)
+        body = self._sealer.open_node(reference, place, stored)
+        if self._sealer.is_under_old_key(reference.page, stored):
+            self._old_pages.add(reference.page)
+        return body
 
     def _index_leaf(self, leaf: int, body: bytes) -> None:
         for position, uuid in enumerate(uuids_of(body), leaf * RECORDS_PER_LEAF):
@@ -518,7 +669,7 @@ class Vault:
         if found.bad_copies:
             self._sync()
         if self.sequence == 1:
-            self._commit_root(self._levels, self._header.seals)
+            self._commit_root(self._levels)
 
     # -- the disk
 
@@ -532,16 +683,16 @@ class Vault:
         try:
             self._disk.write(page * PAGE_BYTES, content)
         except OSError as error:
-            raise self._poison(error) from error
+            raise self._poison(_reason(error)) from error
 
     def _sync(self) -> None:
         try:
             self._disk.sync()
         except OSError as error:
-            raise self._poison(error) from error
+            raise self._poison(_reason(error)) from error
 
-    def _poison(self, error: OSError) -> NotStored:
-        self._failure = NotStored(self._disk.name, _reason(error))
+    def _poison(self, why: str) -> NotStored:
+        self._failure = NotStored(self._disk.name, why)
         return self._failure
 
     def _require_working(self) -> None:
@@ -560,6 +711,8 @@ class _Change:
         self._vacant_taken = 0
         self._beyond = leaf_count * RECORDS_PER_LEAF
         self.by_position: dict[int, Record | None] = {}
+        self.touched: set[int] = set()
+        """Leaves that are written anew as they are."""
 
     def put(self, record: Record) -> None:
         if record.uuid == NIL_UUID:
@@ -590,7 +743,7 @@ class _Change:
 
     def leaves(self) -> set[int]:
         """Leaves that change."""
-        return {position // RECORDS_PER_LEAF for position in self.by_position}
+        return self.touched | {position // RECORDS_PER_LEAF for position in self.by_position}
 
     def in_leaf(self, number: int) -> Iterator[tuple[int, Record | None]]:
         """The places of one leaf that change."""

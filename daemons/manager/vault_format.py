@@ -12,6 +12,9 @@ the header, and a checksum of the whole page. A node is encrypted and authentica
 its parent holds its hash: so a page can neither be changed, nor moved, nor replaced by an older one
 without its root.
 
+Each root names the one before it by hash, and says where in the hardware TPM the number and hash of
+the newest one are kept (`anchoring.py`).
+
 Two copies of each root, because one flipped byte in the newest root must not bring back the one
 before it: that would undo a save that was acknowledged. The checksum needs no key: it tells a root
 that was torn by a power cut (its other copy or the older root counts) from one that is whole but
@@ -46,6 +49,7 @@ from protocol.wire import (
     U16,
     U32,
     U64,
+    Bool,
     Counted,
     DecodeError,
     Digest,
@@ -65,7 +69,9 @@ PAGES_MIN: Final = 16
 """The smallest image that is accepted, 64 KiB: enough for tests and a few hundred vTPMs."""
 PAGES_MAX: Final = 1 << 24
 """64 GiB: a limit so that an image's size never decides how much memory is taken."""
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
+FORMATS: Final = (1, FORMAT_VERSION)
+"""Version 1 had roots without chain, anchorage and key generation; it is read, never written."""
 MAGIC: Final = b"vTPM manager\x00\xd0\x4d\x01"
 
 KEY_BYTES: Final = 32
@@ -108,8 +114,9 @@ class Damaged(VaultError):
         super().__init__(
             f"the manager's image {name} is damaged",
             why=why,
-            next_step="It was left as it is. Put back an intact copy, or a new image of zeros"
-            " together with new images for all its vTPMs.",
+            next_step="It was left as it is. Put back an intact copy of its newest state; or begin"
+            " anew with zeros here and in the images of all its vTPMs, and the manager says how to"
+            " give this one up.",
             exit_code=ExitCode.DAMAGED,
         )
 
@@ -120,7 +127,7 @@ class UnknownFormat(VaultError):
     def __init__(self, name: str, version: int) -> None:
         super().__init__(
             f"cannot read the manager's image {name}",
-            why=f"it has format {version}, and this version reads format {FORMAT_VERSION}",
+            why=f"it has format {version}, and this version reads {FORMATS[0]} to {FORMATS[-1]}",
             next_step="Use the version of the manager that wrote it, or a newer one.",
             exit_code=ExitCode.DAMAGED,
         )
@@ -146,6 +153,19 @@ class RolledBack(VaultError):
             f"the manager's image {name} is an older copy",
             why=f"its newest root is number {sequence}, and number {minimum} was acknowledged",
             next_step="Put the newest copy back; this one was left as it is.",
+            exit_code=ExitCode.DAMAGED,
+        )
+
+
+class NotAnchored(VaultError):
+    """The chip and the image do not belong together."""
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(
+            f"the hardware TPM does not vouch for the manager's image {name}",
+            why=why,
+            next_step="Bring the image and the chip that it was last used with back together; the"
+            " image was left as it is.",
             exit_code=ExitCode.DAMAGED,
         )
 
@@ -279,8 +299,45 @@ class Tree:
 
 
 @wire
+class Anchorage:
+    """Where in the chip the number and hash of the newest root are kept."""
+
+    nv_index: U32
+    secret: Annotated[bytes, cs.Bytes(20), SECRET]
+    """Of the NV area and of the counter."""
+    counter_id: U32 = 0
+    counter_value: U32 = 0
+    """What the counter is to have, once the manager has started that wrote this root."""
+    is_confirmed: Bool
+    """From here on an image whose record is not in the chip is refused."""
+
+
+@wire
 class Root:
     """The encrypted part of a root page."""
+
+    sequence: U64
+    previous: B32 = bytes(32)
+    """SHA-256 of the page of the root before."""
+    key_generation: U32 = 1
+    """How often a vault key was made, for people who want a new one."""
+    old_node_keys: Annotated[
+        tuple[bytes, ...], Counted(cs.Int8ub, cs.Bytes(KEY_BYTES)), SECRET
+    ] = ()
+    """While a new vault key is brought in: under what the nodes are that it has not reached."""
+    anchorages: Annotated[tuple[Anchorage, ...], Counted(cs.Int8ub, Nested(Anchorage))] = ()
+    """None or one."""
+    trees: Annotated[tuple[Tree, ...], Counted(cs.Int8ub, Nested(Tree))]
+
+    @property
+    def anchorage(self) -> Anchorage | None:
+        """The one there is."""
+        return self.anchorages[0] if self.anchorages else None
+
+
+@wire
+class Root1:
+    """The encrypted part of a root page in version 1."""
 
     sequence: U64
     trees: Annotated[tuple[Tree, ...], Counted(cs.Int8ub, Nested(Tree))]
@@ -296,6 +353,7 @@ class VaultKeys:
     nodes: AESGCM
     roots: AESGCM
     key_check: bytes
+    node_key: bytes
 
     @classmethod
     def derive(cls, vault_key: bytes) -> VaultKeys:
@@ -306,7 +364,8 @@ class VaultKeys:
         def purpose(name: bytes) -> bytes:
             return hmac.digest(vault_key, b"vTPM vault v1: " + name, "sha256")
 
-        return cls(AESGCM(purpose(b"nodes")), AESGCM(purpose(b"roots")), purpose(b"check")[:16])
+        node_key = purpose(b"nodes")
+        return cls(AESGCM(node_key), AESGCM(purpose(b"roots")), purpose(b"check")[:16], node_key)
 
 
 # -- nodes -----------------------------------------------------------------------------------------
@@ -323,11 +382,19 @@ class NodePlace:
 
 @dataclass(frozen=True, slots=True)
 class Sealer:
-    """Encrypts and decrypts the pages of one vault. `name` is the image's, for messages."""
+    """Encrypts and decrypts the pages of one vault.
+
+    Attributes:
+        name: The image's, for messages.
+        vault_id: 16 bytes.
+        keys: What everything is written under.
+        old_node_keys: What nodes may be under that were written before the key was changed.
+    """
 
     name: str
     vault_id: bytes
     keys: VaultKeys = field(repr=False)
+    old_node_keys: tuple[bytes, ...] = field(default=(), repr=False)
 
     def close_node(
         self, page: int, place: NodePlace, body: bytes, *, sequence: int, nonce: bytes
@@ -357,14 +424,28 @@ class Sealer:
         if not hmac.compare_digest(hashlib.sha256(stored).digest(), reference.digest):
             raise Damaged(self.name, f"{where} is not the one its parent was written with")
         nonce, sealed = stored[:NONCE_BYTES], stored[NONCE_BYTES:]
-        try:
-            plain = self.keys.nodes.decrypt(nonce, sealed, self._node_label(reference.page))
-        except InvalidTag:
-            raise Damaged(self.name, f"{where} does not decrypt") from None
+        plain = self._decrypted_node(nonce, sealed, self._node_label(reference.page))
+        if plain is None:
+            raise Damaged(self.name, f"{where} does not decrypt")
         header, start = decode_from(NodeHeader, plain, 0)
         if (header.kind, header.level, header.number) != (place.kind, place.level, place.number):
             raise Damaged(self.name, f"{where} is another node")
         return plain[start:]
+
+    def is_under_old_key(self, page: int, stored: bytes) -> bool:
+        """Whether a node (that opens) was written before the key was changed."""
+        nonce, sealed = stored[:NONCE_BYTES], stored[NONCE_BYTES:]
+        return bool(self.old_node_keys) and not _opens(
+            self.keys.nodes, nonce, sealed, self._node_label(page)
+        )
+
+    def _decrypted_node(self, nonce: bytes, sealed: bytes, label: bytes) -> bytes | None:
+        # The page is the one that its parent means; which key it is under, its tag tells.
+        for key in (self.keys.nodes, *map(AESGCM, self.old_node_keys)):
+            plain = _opens(key, nonce, sealed, label)
+            if plain is not None:
+                return plain
+        return None
 
     def close_root(self, header: RootHeader, root: Root, *, nonce: bytes) -> bytes:
         """Make the 4096 bytes of a root page.
@@ -387,7 +468,7 @@ class Sealer:
         sealed = page[HEADER_BYTES + NONCE_BYTES : PAGE_BYTES - CHECKSUM_BYTES]
         try:
             plain = self.keys.roots.decrypt(nonce, sealed, page[:HEADER_BYTES])
-            root, end = decode_from(Root, plain, 0)
+            root, end = _decode_root(_version_of(page), plain)
         except (InvalidTag, DecodeError):
             raise Damaged(self.name, f"root {sequence} was not written by its vault") from None
         if root.sequence != sequence or any(plain[end:]):
@@ -396,6 +477,24 @@ class Sealer:
 
     def _node_label(self, page: int) -> bytes:
         return b"vTPM vault node" + self.vault_id + page.to_bytes(4, "big")
+
+
+def _decode_root(version: int, plain: bytes) -> tuple[Root, int]:
+    if version == FORMAT_VERSION:
+        return decode_from(Root, plain, 0)
+    old, end = decode_from(Root1, plain, 0)
+    return Root(sequence=old.sequence, trees=old.trees), end
+
+
+def _opens(key: AESGCM, nonce: bytes, sealed: bytes, label: bytes) -> bytes | None:
+    try:
+        return key.decrypt(nonce, sealed, label)
+    except InvalidTag:
+        return None
+
+
+def _version_of(page: bytes) -> int:
+    return int.from_bytes(page[len(MAGIC) : len(MAGIC) + 2], "big")
 
 
 def pack_references(references: list[Reference]) -> bytes:
@@ -467,9 +566,8 @@ def examine_root(name: str, number: int, page: bytes) -> RootHeader | PageState:
     content, checksum = page[:-CHECKSUM_BYTES], page[-CHECKSUM_BYTES:]
     if not hmac.compare_digest(hashlib.sha256(content).digest(), checksum):
         return PageState.TORN
-    version_at = len(MAGIC)
-    version = int.from_bytes(page[version_at : version_at + 2], "big")
-    if page.startswith(MAGIC) and version != FORMAT_VERSION:
+    version = _version_of(page)
+    if page.startswith(MAGIC) and version not in FORMATS:
         raise UnknownFormat(name, version)
     try:
         header, end = decode_from(RootHeader, page[:HEADER_BYTES], 0)

@@ -4,6 +4,9 @@ The image has two slots, each half of it:
 
     magic 8 | format version u16 | length u32 | nonce 12 | AES-256-GCM ciphertext and tag
 
+The last 512 bytes of slot 0 are the claim (magic 8, format version u16, UUID 16), written and
+synced before anything else in a blank image.
+
 Every save draws a fresh key, writes the slot that does not hold the committed state, syncs, and
 then hands SHA-256 of the slot and the key to the manager (the 64-byte form of SaveHashKey). The
 manager's record is the commit point: whatever a crash leaves behind, the slot whose hash it names
@@ -16,8 +19,8 @@ slots tried, and no fresh TPM in place of one that cannot be read.
 Invariants:
 - The committed slot is never written.
 - A TPM is new only where a blank (all zero) image meets a UUID that the manager has no record of.
-  A first save that never reached the manager's record counts as blank: it is marked as a first one,
-  and the other slot is blank, because a TPM serves nobody before its second save.
+  A first save that never reached the manager's record counts as blank: the image is claimed for
+  this UUID and slot 1 is blank, because a TPM serves nobody before its second save.
 - After a commit whose fate is unknown, the manager is asked before the next slot is chosen.
 """
 
@@ -40,7 +43,9 @@ from tpm12.state_codec import StateError, decode_section, encode_section
 
 MAGIC: Final = b"VTPM-IMG"
 FIRST_MAGIC: Final = b"VTPM-NEW"
-"""Marks the very first save, in slot 0; the second follows at once."""
+"""Marks the claim, and the very first save, in slot 0; the second follows at once."""
+CLAIM_BYTES: Final = 512
+"""One sector: it may be torn inside, and nothing else is written before it is whole."""
 FORMAT_VERSION: Final = 1
 KEY_BYTES: Final = 32
 HASH_BYTES: Final = 32
@@ -140,8 +145,18 @@ class VtpmImage:
 
     def _commit(self, slot: int, permanent: Permanent, magic: bytes) -> None:
         content, record = self._encrypted(permanent, magic)
+        if magic == FIRST_MAGIC:
+            self._write(self._slot_bytes - CLAIM_BYTES, self._claim())
+        self._write(slot * self._slot_bytes, content)
+        self._is_uncertain = True
+        self._hash_keys.save_hash_key(record)
+        self._is_uncertain = False
+        self._active = slot
+
+    def _write(self, offset: int, content: bytes) -> None:
+        """Write and sync."""
         try:
-            self._disk.write(slot * self._slot_bytes, content)
+            self._disk.write(offset, content)
             self._disk.sync()
         except OSError as error:
             raise Failure(
@@ -150,10 +165,6 @@ class VtpmImage:
                 next_step="Make room on that disk or replace it; the last stored state is intact.",
                 exit_code=ExitCode.IO_ERROR,
             ) from error
-        self._is_uncertain = True
-        self._hash_keys.save_hash_key(record)
-        self._is_uncertain = False
-        self._active = slot
 
     def _settle(self) -> None:
         """Learn from the manager which slot is committed, after a commit of unknown fate."""
@@ -213,10 +224,11 @@ class VtpmImage:
             )
         )
         content = header + AESGCM(key).encrypt(nonce, state, header + self._uuid.bytes)
-        if len(content) > self._slot_bytes:
+        if len(content) > self._slot_bytes - CLAIM_BYTES:
+            room = max(0, self._slot_bytes - CLAIM_BYTES)
             raise Failure(
                 f"cannot write image {self._disk.name}",
-                why=f"the state needs {len(content)} bytes, a slot has {self._slot_bytes}",
+                why=f"the state needs {len(content)} bytes, a slot has {room}",
                 next_step="Use an image of 2 MiB.",
                 exit_code=ExitCode.IO_ERROR,
             )
@@ -243,11 +255,24 @@ class VtpmImage:
                 str(error), "Use the version of the stack that wrote it, or a later one."
             ) from error
 
+    def _claim(self) -> bytes:
+        return FIRST_MAGIC + FORMAT_VERSION.to_bytes(2, "big") + self._uuid.bytes
+
     def _is_unfinished(self) -> bool:
-        """A first save that nobody was told of: slot 0 is marked so, the rest is blank."""
-        return self._disk.read(0, len(FIRST_MAGIC)) == FIRST_MAGIC and self._is_blank(
-            self._slot_bytes, self._disk.size
-        )
+        """A first save that nobody was told of: the image is ours, and slot 1 is blank."""
+        if self._slot_bytes < HEADER_BYTES + CLAIM_BYTES:
+            return False
+        if not self._is_blank(self._slot_bytes, self._disk.size):
+            return False
+        at = self._slot_bytes - CLAIM_BYTES
+        claim = self._claim().ljust(CLAIM_BYTES, b"\0")
+        found = self._disk.read(at, CLAIM_BYTES)
+        if found == claim:
+            return True
+        # Torn: some of it, and nothing else. Or an image that was begun before there were claims.
+        is_torn = all(byte in (0, whole) for byte, whole in zip(found, claim, strict=True))
+        is_marked = self._disk.read(0, len(FIRST_MAGIC)) == FIRST_MAGIC and not any(found)
+        return (is_torn and self._is_blank(0, at)) or is_marked
 
     def _is_blank(self, begin: int, end: int) -> bool:
         for start in range(begin, end, _PROBE_BYTES):

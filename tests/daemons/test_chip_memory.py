@@ -33,10 +33,10 @@ def test_the_newest_state_comes_back():
 
 @pytest.mark.parametrize("step", [0, 1])
 def test_power_loss_in_a_save_leaves_the_old_state_or_the_new(step):
-    contents = bytes(saved(1, 2).durable)
-    disk = FaultyDisk(contents, lose_power_at=step)
+    disk = FaultyDisk(bytes(saved(1, 2).visible))
     memory = ChipMemory(disk)
     memory.load()
+    disk.lose_power_at = disk.operations + step
     with pytest.raises(PowerLoss):
         memory.save(permanent(3))
     outcomes = set()
@@ -56,26 +56,29 @@ def test_an_acknowledged_save_survives_power_loss():
         assert ChipMemory(FaultyDisk(left)).load() == permanent(2)
 
 
-def test_the_harness_notices_a_missing_sync():
-    disk = FaultyDisk(bytes(saved(1).durable), ignored_syncs=lambda _number: True)
-    memory = ChipMemory(disk)
-    memory.load()
-    memory.save(permanent(2))
-    found = [ChipMemory(FaultyDisk(left)).load() for left in disk.disks_after_power_loss()]
-    assert permanent(1) in found
-
-
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_failed_save_is_a_failure_and_keeps_the_last_good_copy(failing):
-    disk = FaultyDisk(bytes(saved(1).durable), fail_at=frozenset({failing}))
+    disk = FaultyDisk(bytes(saved(1).visible))
     memory = ChipMemory(disk)
     memory.load()
+    disk.fail_at = frozenset({disk.operations + failing})
     with pytest.raises(Failure) as caught:
         memory.save(permanent(2))
     assert caught.value.exit_code is ExitCode.IO_ERROR
     memory.save(permanent(3))
     for left in disk.disks_after_power_loss():
         assert ChipMemory(FaultyDisk(left)).load() == permanent(3)
+
+
+def test_a_marker_that_cannot_be_written_fails_no_save():
+    disk = FaultyDisk(bytes(saved(1).visible))
+    memory = ChipMemory(disk)
+    memory.load()
+    disk.fail_at = frozenset({disk.operations + 2})
+    memory.save(permanent(2))
+    assert ChipMemory(FaultyDisk(bytes(disk.durable))).load() == permanent(2)
+    memory.save(permanent(3))
+    assert ChipMemory(FaultyDisk(bytes(disk.visible))).load() == permanent(3)
 
 
 def test_damage_of_both_slots_is_refused_and_left_as_it_is():
@@ -95,7 +98,8 @@ def test_damage_of_both_slots_is_refused_and_left_as_it_is():
         (b"x" * FILE_BYTES, "no chip memory"),
         (bytes(100), "100 bytes"),
         (b"HWTPM-NV" + b"\0\x09" + bytes(FILE_BYTES - 10), "version 9"),
-        (bytes(SLOT_BYTES - 1) + b"\1" + bytes(SLOT_BYTES), "header is gone"),
+        (bytes(SLOT_BYTES + 5000) + b"\1" + bytes(SLOT_BYTES - 5001), "header is gone"),
+        (bytes(SLOT_BYTES - 1) + b"\1" + bytes(SLOT_BYTES), "both slots are blank"),
     ],
 )
 def test_what_is_no_memory_is_refused_with_the_reason(contents, reason):

@@ -229,9 +229,19 @@ def test_blank_vtpm_image_is_refused_where_the_manager_knows_a_key(used):
     assert IMAGE_OF[VTPM1] in said.what
 
 
-def test_blank_manager_image_makes_a_new_vault_that_no_old_vtpm_accepts(used):
+def test_blank_manager_image_is_refused_where_the_chip_remembers_another(used):
+    used.image(MANAGER).write_bytes(bytes(IMAGE_BYTES))
+    up_to(used, MANAGER)
+    with left_as_they_are(used):
+        said = refused(used, MANAGER, DAMAGED)
+    assert "blank" in said.what
+    assert "abandoned_anchor" in said.next_step
+
+
+def test_a_vault_that_is_given_up_is_made_anew_and_no_old_vtpm_accepts_it(used):
     """The manager is new then, and says so by knowing nobody; an old vTPM is not made anew."""
     used.image(MANAGER).write_bytes(bytes(IMAGE_BYTES))
+    used.set("vtpmmgrd", 'abandoned_anchor = "0x00015000"')
     used.up(MANAGER)
     with left_as_they_are(used):
         said = refused(used, VTPM1, DAMAGED)
@@ -246,11 +256,11 @@ def test_blank_manager_image_makes_a_new_vault_that_no_old_vtpm_accepts(used):
 def test_image_with_any_damaged_page_is_refused_or_the_same_tpm_still(used, name):
     """Where an older root or slot lies, damage need not matter; then it is the same TPM still."""
     up_to(used, name)
-    good = used.image(name).read_bytes()
     outcomes = {}
     pages = written_parts(used.image(name))
     for page in [*pages[:4], *pages[4::3]]:
-        used.image(name).write_bytes(good)
+        # As the start before left it: the one from before that start is an older copy by now.
+        good = used.image(name).read_bytes()
         flip(used.image(name), page + 100)
         damaged = used.image(name).read_bytes()
         said = used.vtpm("create", example(name), status=None)
@@ -261,8 +271,9 @@ def test_image_with_any_damaged_page_is_refused_or_the_same_tpm_still(used, name
         elif name == MANAGER:
             assert used.row(name)["status"].startswith("2 vTPMs known")
         used.vtpm("destroy", name)
+        if said.status == DAMAGED:
+            used.image(name).write_bytes(good)
     assert DAMAGED in outcomes.values(), outcomes
-    used.image(name).write_bytes(good)
     used.vtpm("create", example(name))
 
 
@@ -312,6 +323,27 @@ def test_older_copy_of_a_vtpm_s_image_is_refused(used):
     assert "older copy" in f"{said.why} {said.next_step}"
     used.image(VTPM1).write_bytes(newest)
     used.up(*FIRST_CHAIN)
+    things.check(used, GUEST1)
+
+
+def test_older_copies_of_all_images_together_are_refused(used):
+    """The manager's and the vTPM's image fit together; only the chip knows that they are old."""
+    older = {name: used.image(name).read_bytes() for name in STORES}
+    used.up(*FIRST_CHAIN)
+    things = Belongings()
+    things.put_into(used, GUEST1)
+    used.down()
+    newest = {name: used.image(name).read_bytes() for name in STORES}
+    for name, data in older.items():
+        used.image(name).write_bytes(data)
+    up_to(used, MANAGER)
+    with left_as_they_are(used):
+        said = refused(used, MANAGER, DAMAGED)
+    assert "older copy" in said.what
+    for name, data in newest.items():
+        used.image(name).write_bytes(data)
+    used.vtpm("create", example(MANAGER))
+    used.up(VTPM1, GUEST1)
     things.check(used, GUEST1)
 
 

@@ -8,9 +8,16 @@ import pytest
 
 from daemons.errors import ExitCode, Failure
 from daemons.manager.chip import ChipRefusal, ChipSecrets
-from protocol.constants import CapabilityArea, EntityType, KeyHandleValue, Ordinal, ResourceType
+from protocol.constants import (
+    CapabilityArea,
+    EntityType,
+    KeyHandleValue,
+    NvAttribute,
+    Ordinal,
+    ResourceType,
+)
 from protocol.return_codes import ReturnCode, TpmError
-from tests.daemons.manager.chip_bench import EngineLink, bench_on, boot, owned_link
+from tests.daemons.manager.chip_bench import ChipBench, EngineLink, bench_on, boot, owned_link
 from tpm12.client import TpmClient
 
 SRK = int(KeyHandleValue.SRK)
@@ -278,3 +285,55 @@ def test_version_that_is_none_is_refused(tmp_path: Path):
 def test_secrets_are_not_shown():
     assert GEHEIM.srk_auth.hex() not in repr(GEHEIM)
     assert "01" not in repr(GEHEIM)
+
+
+def write_authorized(bench: ChipBench, secret: bytes = bytes(20), data: bytes = b"x") -> None:
+    bench.chip.authorized(
+        "write", Ordinal.NV_WRITE_VALUE_AUTH, secret, nv_index=5, offset=0, data=data
+    )
+
+
+@pytest.fixture
+def with_area(tmp_path: Path) -> ChipBench:
+    bench = bench_on(owned_link(), tmp_path)
+    bench.chip.start()
+    bench.link.firmware.nv_define_space(5, 1, NvAttribute.AUTHWRITE)
+    return bench
+
+
+def test_session_of_authorized_commands_is_opened_once_and_written_down(with_area: ChipBench):
+    link = with_area.link
+    write_authorized(with_area)
+    (session,) = link.sessions()
+    before = len(link.asked)
+    write_authorized(with_area, data=b"y")
+    assert len(link.asked) == before + 1
+    assert link.sessions() == (session,)
+    assert link.engine.state.permanent.nv[5].data == b"y"
+    # Killed now: the next manager flushes it.
+    with_area.another().chip.start()
+    assert link.sessions() == ()
+
+
+def test_refused_authorized_command_leaves_no_session_and_the_next_one_works(with_area: ChipBench):
+    write_authorized(with_area)
+    with pytest.raises(ChipRefusal) as refused:
+        write_authorized(with_area, secret=b"\1" * 20)
+    assert refused.value.code == ReturnCode.AUTHFAIL
+    assert with_area.link.sessions() == ()
+    write_authorized(with_area)
+    assert len(with_area.link.sessions()) == 1
+    with_area.chip.close()
+    with_area.chip.close()
+    assert with_area.link.sessions() == ()
+
+
+def test_session_is_given_up_when_the_chip_does_not_answer(with_area: ChipBench):
+    write_authorized(with_area)
+    with_area.link.is_gone = True
+    with pytest.raises(Failure, match="gone"):
+        write_authorized(with_area)
+    with_area.link.is_gone = False
+    write_authorized(with_area)
+    write_authorized(with_area)
+    assert len(with_area.link.sessions()) == 1

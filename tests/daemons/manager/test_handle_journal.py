@@ -166,3 +166,19 @@ def test_symbolic_link_is_not_followed(tmp_path: Path):
     link = LinkToChip()
     HandleJournal(tmp_path / "journal").run(OIAP, link.execute, link.finish)
     assert target.read_text() == before
+
+
+def test_what_is_kept_stays_in_the_file_and_is_not_flushed_with_the_rest(tmp_path: Path):
+    link, journal = LinkToChip(), HandleJournal(tmp_path / "journal")
+    journal.run(OIAP, link.execute, link.finish)
+    (kept,) = journal.handles
+    journal.keep(*kept)
+    journal.run(LOAD_KEY2, link.execute, link.finish)
+    assert kept not in journal.handles
+    assert len(journal.handles) == 1
+    journal.clear()
+    assert HandleJournal(tmp_path / "journal").read().handles == (kept,)
+    journal.unkeep(*kept)
+    assert journal.handles == (kept,)
+    journal.clear()
+    assert HandleJournal(tmp_path / "journal").read() == Leftovers()

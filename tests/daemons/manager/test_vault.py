@@ -488,9 +488,9 @@ def test_other_version_is_named():
     image = bytearray(disk.durable)
     for page in range(4):
         start = page * PAGE_BYTES
-        image[start + 16 : start + 18] = b"\x00\x02"
+        image[start + 16 : start + 18] = b"\x00\x03"
         refresh_checksum(image, page)
-    with pytest.raises(UnknownFormat, match="format 2"):
+    with pytest.raises(UnknownFormat, match="format 3"):
         reopen(image)
 
 

@@ -200,7 +200,7 @@ def test_known_bytes_of_the_format():
     header, root = root_header(), Root(sequence=4, trees=())
     page = sealer().close_root(header, root, nonce=NONCE)
     assert page[:16] == b"vTPM manager\x00\xd0\x4d\x01"
-    assert page[16:26].hex() == "0001" + "0000000000000004"
+    assert page[16:26].hex() == "0002" + "0000000000000004"
     _, node = stored_node()
     digests = [hashlib.sha256(stored).hexdigest()[:16] for stored in (page, node)]
-    assert digests == ["4ea8ce670687b7af", "f8264aa00c3c59a9"]
+    assert digests == ["4ba9ec6d9b71808f", "f8264aa00c3c59a9"]

@@ -208,5 +208,5 @@ def test_a_record_of_another_implementation_is_refused():
 def test_an_image_that_is_too_small_fails_the_save():
     image = VtpmImage(FaultyDisk(bytes(64)), OURS, Manager())
     image.load()
-    with pytest.raises(Failure, match="a slot has 32"):
+    with pytest.raises(Failure, match="a slot has 0"):
         image.save(permanent(1))
