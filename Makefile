@@ -1,6 +1,8 @@
 # Two commands set up all they need, as root or not, on a machine with Python 3.11 or newer:
 #   make demo           the whole story on one screen
 #   make test           all tests; PYTEST_ARGS="tests/tpm12 -k seal" for some of them
+# As root, to be started by systemd (docs/systemd.md):
+#   make install        programs and units below PREFIX (/usr/local), or DESTDIR/PREFIX for a package
 # For developers:
 #   make lint           style, types, direction of imports (make -k lint: all of them, also after a failure)
 #   make bench          the stack against swtpm
@@ -9,14 +11,19 @@
 PYTHON ?= python3
 # One file's tests stay together: those of tests/system share a stack, in their order.
 PYTEST_ARGS ?= -n 2 --dist loadfile
+PREFIX ?= /usr/local
+DESTDIR ?=
 
-.PHONY: demo test lint style types layering bench conformance clean for-users for-developers
+.PHONY: demo test install lint style types layering bench conformance clean for-users for-developers
 
 demo: for-users
 	@.venv/bin/vtpm demo
 
 test: for-developers
 	.venv/bin/python -m pytest $(PYTEST_ARGS)
+
+install: for-users
+	.venv/bin/python systemd/install.py --prefix "$(PREFIX)" --destdir "$(DESTDIR)"
 
 lint: style types layering
 

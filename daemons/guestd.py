@@ -27,7 +27,7 @@ from daemons.guest import loader
 from daemons.guest.boot_image import BootImage
 from daemons.guest.measurements import Measurement, forget_measurements, write_measurements
 from daemons.guest.tpm0 import CLIENTS_MAX, Tpm0Device
-from daemons.listeners import Kind, listen
+from daemons.listeners import Kind, activated_or_listen
 from daemons.places import DomainPlaces, Places
 from daemons.registry import DomainRecord, Registry
 from daemons.ring_client import RingClient
@@ -40,6 +40,8 @@ from tpm12.client import TpmClient
 from tpm12.client_core import BadResponseError
 
 PROGRAM: Final = "guestd"
+SOCKET_NAME: Final = "tpm0"
+"""What the socket is called when systemd passes it."""
 VTPM_WAIT_S: Final = 24 * 3600.0
 """How long a guest waits for its vTPM to appear; whoever started it sees what it waits for."""
 
@@ -137,7 +139,7 @@ class Guest:
         forget_measurements(self._own.directory)
         if not self._record.vtpms:
             self._status.runs(f"running {title}, without a TPM")
-            await serve(_nobody, [])
+            await serve(_nobody, [], is_alive=_have_a_thread)
             return
         await self._load(measurements)
         await self._serve_tpm0(title)
@@ -220,8 +222,13 @@ class Guest:
                 ring.exchange, self._status.note, ring.close, clients_max=clients_max
             )
             self._status.runs(f"running {title}")
-            listener = listen(self._own.tpm0, Kind.STREAM)
-            await serve(device.handle, [listener], connections_max=clients_max)
+            listener = activated_or_listen(SOCKET_NAME, self._own.tpm0, Kind.STREAM)
+            await serve(
+                device.handle,
+                [listener],
+                connections_max=clients_max,
+                is_alive=_have_a_thread,
+            )
 
 
 async def _with_ring(ring: RingClient, work: Callable[[], T]) -> T:
@@ -252,6 +259,10 @@ async def _close_when_cancelled(ring: RingClient, done: trio.Event) -> None:
     finally:
         if not done.is_set():
             ring.close()
+
+
+def _have_a_thread() -> None:
+    """Show that this process still gets work done. Its vTPM may be away: that is no fault here."""
 
 
 async def _nobody(_connection: object) -> None:

@@ -2,7 +2,9 @@
 
 Invariants:
 - Two different roots never share a path. A path of a config file cannot leave its root.
-- What runs, is stored or is logged sits in directories of mode 0700, this user's or root's.
+- What runs, is stored or is logged sits in directories that only this user or root can read or
+  write. They are made with mode 0700; where each domain has a user of its own, they may let others
+  through to sockets, whose own modes then say who gets in (mode 0711).
 - A domain's name is checked before it becomes part of a path.
 
 What the files hold is left to their owners; socket paths too long for the system, to `listeners`.
@@ -208,6 +210,11 @@ class Places:
         """Who may talk to whom; need not exist."""
         return self.config / "policy.toml"
 
+    @property
+    def domains(self) -> Path:
+        """The domains that systemd starts: an xl config file each, NAME.cfg."""
+        return self.config / "domains"
+
     def settings(self, daemon: str) -> Path:
         """Give the settings file of one daemon; it need not exist."""
         return self.config / f"{daemon}.toml"
@@ -312,8 +319,9 @@ def _step_into(parent: int, path: Path, *, is_private: bool) -> int:
         0 if path.parts[:2] in {("/", "run"), ("/", "var")} and not is_private else os.O_NOFOLLOW
     )
     try:
+        # O_PATH: one that only lets us through is not for reading.
         descriptor = os.open(
-            path.name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | follow, dir_fd=parent
+            path.name, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC | follow, dir_fd=parent
         )
     except OSError as error:
         # A symlink gives ENOTDIR here, because O_DIRECTORY looks at the link itself.
@@ -340,7 +348,7 @@ def _check_directory(descriptor: int, path: Path, *, is_private: bool) -> None:
             why=f"it belongs to uid {status.st_uid}, not to uid {os.geteuid()} or root",
             next_step="Remove it, or choose another root with --root",
         )
-    if is_private and mode & 0o077:
+    if is_private and mode & 0o066:
         raise BadPlace(
             f"the directory {path} cannot be used",
             why=f"its mode is {mode:04o}, so other users could get in",

@@ -258,11 +258,14 @@ class RegistryWriter:
     """Write side of the registry: the launcher's alone.
 
     Args:
-        directory: An existing directory of mode 0700 (see `Places.prepare`).
+        directory: An existing directory of mode 0700 (see `Places.prepare`), or of root's and a
+            group that may read it.
+        readers: The id of that group, when readers have other users than the writer; else None.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, readers: int | None = None) -> None:
         self._directory = directory
+        self._readers = readers
 
     def put(self, record: DomainRecord) -> None:
         """Write a record, or replace the one of the same name, in one step.
@@ -287,6 +290,9 @@ class RegistryWriter:
                 dir_fd=directory,
             )
             with os.fdopen(descriptor, "wb") as file:
+                if self._readers is not None:
+                    os.fchown(descriptor, -1, self._readers)
+                    os.fchmod(descriptor, 0o640)
                 file.write(content)
             # No sync: the run directory does not outlive the machine's power cycle.
             os.rename(written_beside, name, src_dir_fd=directory, dst_dir_fd=directory)

@@ -46,12 +46,14 @@ def ask(
     progress: Callable[[str], None] | None = None,
     **params: object,
 ) -> Any:  # noqa: ANN401 - whatever JSON the method gives
-    """Call one method of the launcher of this installation; parameters that are None are left out.
+    """Call one method of the launcher of this installation, or of systemd in its place.
+
+    Parameters that are None are left out.
 
     Raises:
         Failure: The stack is not up, or what the launcher answered.
     """
-    from daemons.launcher_client import LauncherClient  # noqa: PLC0415
+    from daemons.systemd.stack_control import open_control  # noqa: PLC0415
 
-    with LauncherClient(places_of(root)) as launcher:
-        return launcher.call(method, progress, 0, **params)
+    with open_control(places_of(root)) as stack:
+        return stack.call(method, progress, 0, **params)

@@ -58,7 +58,9 @@ def up(
         there = {row["name"] for row in rows if not row["state"].startswith("failed")}
         created: list[object] = []
         for file in files:
-            if file.name not in there:
+            if file.name in there:
+                wait_for_domain(file.name, root, step)
+            else:
                 step(f"creating {file.name}")
                 created.append(create_domain(file, root, step))
     for row in created:
@@ -85,6 +87,11 @@ def create_domain(file: DomainFile, root: str | None, step: Step) -> object:
         config_text=file.text,
         path=str(file.path.resolve()),
     )
+
+
+def wait_for_domain(name: str, root: str | None, step: Step) -> None:
+    """Wait until a domain that is there already is ready; one that is paused stays so."""
+    ask(root, "until_ready", lambda text: step(f"{name}: {text}"), domain=name)
 
 
 def read_domain_file(path: Path) -> DomainFile:
@@ -138,7 +145,12 @@ def start_launcher(places: Places, step: Step) -> None:
     Raises:
         Failure: It ended, or took too long; its last words are shown.
     """
-    if launcher_pid(places) is not None:
+    from daemons.systemd import stack_control  # noqa: PLC0415 - `--help` needs none of it
+
+    if launcher_pid(places) is not None or stack_control.is_run_by_systemd(places):
+        return
+    if stack_control.is_installed(places):
+        stack_control.SystemdStack(places).call("power_on", step)
         return
     step("starting the launcher")
     # Imported only now: 150 ms that nobody else needs to pay.
@@ -173,6 +185,12 @@ def stop_launcher(places: Places, root: str | None) -> bool:
     Raises:
         Failure: It has not ended in time.
     """
+    from daemons.systemd.stack_control import is_run_by_systemd  # noqa: PLC0415
+
+    if launcher_pid(places) is None and is_run_by_systemd(places):
+        with progress("stopping") as step:
+            ask(root, "stop", step)
+        return True
     pid, has_ended_leftovers = _launcher_or_leftovers(places)
     if pid is None:
         return has_ended_leftovers

@@ -1,0 +1,266 @@
+"""Who is who: a domain's record is written before its process starts, and taken away at its end.
+
+Under systemd each domain has a user of its own, so its record names the uid and no process. It is
+written by root, in front of the daemon (ExecStartPre=+), after the domain's files were read and its
+program was measured.
+
+A process that was killed comes back with what it was: record, domid and journal stay. A process
+that has ended as it was asked to leaves nothing (ExecStopPost=+): its volatile state is gone as
+after a power cut. Hence what a start finds tells which of the two it is.
+
+| starts | and finds | then |
+|---|---|---|
+| the chip, a vTPM | its record and its journal | it goes on as it was |
+| a vTPM | no journal, but a guest that has booted on it | the guest boots again |
+| the chip | no journal, but a platform that had power | everybody above it starts again |
+| a guest | whatever | it is a new boot: a new domid, so its vTPM resets itself |
+
+Those that start again are taken from the registry first: no running guest ever sees clean PCRs.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import stat
+import subprocess
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from daemons import policy
+from daemons.errors import ExitCode, Failure
+from daemons.guest.measurements import FILE_NAME as MEASUREMENTS
+from daemons.launcher.domain import CHIP_DOMID, PROGRAMS, Domain
+from daemons.launcher.measuring import program_digest
+from daemons.places import CHIP_NAME, Places
+from daemons.registry import DomainRecord, Role
+from daemons.systemd import platform
+from daemons.systemd.domain_files import (
+    MANAGER_NAME,
+    check_together,
+    path_of,
+    read_all,
+    read_file,
+    unit_of,
+    user_of,
+)
+from daemons.systemd.run_state import RunState
+from daemons.xl.domain_config import DomainConfig
+
+SUCCESS: Final = "success"
+"""What systemd says (SERVICE_RESULT) of a service that has ended as it was asked to."""
+
+
+def register(places: Places, name: str, role: Role) -> None:
+    """Write the record of the chip or of a domain that is about to start.
+
+    Args:
+        places: Of the installation.
+        name: Of the domain: the unit's instance.
+        role: What the unit starts.
+
+    Raises:
+        Failure: Its files are not as they should be, or the platform has no power.
+    """
+    if role is Role.HWTPM:
+        _register_chip(places)
+        return
+    config, text = read_file(path_of(places, name))
+    _check_unit(config, role)
+    others, _ = read_all(places)
+    check_together(config, others.values())
+    uid = uid_of(name)
+    for disk in config.disks:
+        if disk.target and not disk.is_cdrom:
+            give_image(places.images(disk.target), uid, name)
+    if role is Role.MANAGER:
+        platform.launch_manager(places, text)
+    state = RunState(places)
+    with state.locked():
+        previous = state.reader.get(name)
+        keeps = previous is not None and _goes_on(places, name, role)
+        if role is Role.VTPM and not keeps:
+            _forget_journal(places, name)
+            fallen = [guest for guest in _guests_of(state, name) if _has_booted(places, guest)]
+            _start_again(state, fallen)
+        if role is Role.VTPM:
+            state.set_must_go_on(name, must=keeps)
+        state.writer.put(_record(state, config, uid, previous if keeps else None))
+
+
+def forget(places: Places, name: str, role: Role, result: str) -> None:
+    """Take away what an ended process leaves, if it has ended as it was asked to.
+
+    Args:
+        places: Of the installation.
+        name: Of the domain.
+        role: What the unit starts.
+        result: SERVICE_RESULT.
+    """
+    if result != SUCCESS:
+        return
+    state = RunState(places)
+    with state.locked():
+        state.writer.remove(name)
+        if role in {Role.HWTPM, Role.VTPM}:
+            _forget_journal(places, name)
+        if role is Role.GUEST:
+            (places.domain(name).directory / MEASUREMENTS).unlink(missing_ok=True)
+        if role is Role.HWTPM:
+            _forget_power(places, state)
+
+
+def uid_of(name: str) -> int:
+    """Give the uid of a domain.
+
+    Raises:
+        Failure: Its user was not made.
+    """
+    try:
+        return pwd.getpwnam(user_of(name)).pw_uid
+    except KeyError as error:
+        raise Failure(
+            f"{name} cannot start",
+            why=f"there is no user {user_of(name)}",
+            next_step=f"systemctl restart vtpm-setup@{name}.service makes it",
+            exit_code=ExitCode.CONFIGURATION,
+        ) from error
+
+
+def give_image(image: Path, uid: int, name: str) -> None:
+    """Give an image of root's to the user of its domain, and to nobody else.
+
+    Raises:
+        Failure: It is not there, no file, or somebody else's.
+    """
+    what = f"{name} cannot use the image {image}"
+    try:
+        descriptor = os.open(image, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise Failure(
+            what,
+            why=error.strerror or str(error),
+            next_step=f"A new TPM's image is zeros: dd if=/dev/zero of={image} bs=1M count=2;"
+            " a guest's is made by vtpm image make",
+            exit_code=ExitCode.NO_INPUT,
+        ) from error
+    try:
+        status = os.fstat(descriptor)
+        if stat.S_ISBLK(status.st_mode):
+            return  # devices are given by udev's rules, not by us
+        if not stat.S_ISREG(status.st_mode) or status.st_uid not in {0, uid}:
+            raise Failure(
+                what,
+                why=f"it belongs to uid {status.st_uid}"
+                if stat.S_ISREG(status.st_mode)
+                else "it is neither a file nor a block device",
+                next_step=f"If it is this domain's: chown {user_of(name)} {image}",
+                exit_code=ExitCode.NO_PERMISSION,
+            )
+        os.fchown(descriptor, uid, -1)
+        os.fchmod(descriptor, 0o600)
+    finally:
+        os.close(descriptor)
+
+
+def _register_chip(places: Places) -> None:
+    state = RunState(places)
+    with state.locked():
+        journal = places.domain(CHIP_NAME).journal
+        if state.is_powered and not journal.exists():
+            _forget_power(places, state)
+            fallen = [record for record in state.reader.all() if record.role in _ABOVE_THE_CHIP]
+            _start_again(state, fallen, ("vtpm-platform.service",))
+        elif not state.is_powered:
+            _forget_journal(places, CHIP_NAME)
+        state.set_must_go_on(CHIP_NAME, must=state.is_powered)
+        label = policy.load(places.policy).default_label(Role.HWTPM)
+        state.writer.put(
+            DomainRecord(
+                name=CHIP_NAME,
+                domid=CHIP_DOMID,
+                role=Role.HWTPM,
+                label=label,
+                uid=uid_of(CHIP_NAME),
+                pid=None,
+                start_time=None,
+                boot_hash=program_digest(PROGRAMS[Role.HWTPM]),
+            )
+        )
+
+
+_ABOVE_THE_CHIP: Final = frozenset({Role.MANAGER, Role.VTPM, Role.GUEST})
+
+
+def _check_unit(config: DomainConfig, role: Role) -> None:
+    if config.role is not role:
+        raise Failure(
+            f"this is not the unit of {config.name}",
+            why=f"its config file makes it a {config.role.value}",
+            next_step=f"systemctl start {unit_of(config.name, config.role)}.service",
+            exit_code=ExitCode.CONFIGURATION,
+        )
+
+
+def _goes_on(places: Places, name: str, role: Role) -> bool:
+    """Tell whether a process begins where the one before it was killed."""
+    return role is Role.MANAGER or (role is Role.VTPM and places.domain(name).journal.exists())
+
+
+def _record(
+    state: RunState, config: DomainConfig, uid: int, previous: DomainRecord | None
+) -> DomainRecord:
+    label = config.label or policy.load(state.places.policy).default_label(config.role)
+    domain = Domain(
+        config=config,
+        config_text="",
+        config_path="",
+        domid=state.new_domid() if previous is None else previous.domid,
+        label=label,
+        boot_hash=program_digest(PROGRAMS[config.role]),
+    )
+    known = {} if previous is None else {device.backend: device for device in previous.vtpms}
+    for spec in config.vtpms:
+        kept = known.get(spec.backend)
+        domain.attach(spec.backend, spec.uuid or (kept.uuid if kept is not None else None))
+    return replace(domain.record(None, None), uid=uid)
+
+
+def _guests_of(state: RunState, vtpm: str) -> list[DomainRecord]:
+    return [
+        record
+        for record in state.reader.all()
+        if record.role is Role.GUEST and any(device.backend == vtpm for device in record.vtpms)
+    ]
+
+
+def _has_booted(places: Places, guest: DomainRecord) -> bool:
+    """Tell whether a guest has measured its boot into the vTPM that is no more."""
+    return (places.domain(guest.name).directory / MEASUREMENTS).exists()
+
+
+def _start_again(
+    state: RunState, fallen: Iterable[DomainRecord], units: Iterable[str] = ()
+) -> None:
+    """Start domains again that have lost what they stand on; the lock is held."""
+    named = list(units)
+    for record in fallen:
+        state.writer.remove(record.name)
+        named.append(f"{unit_of(record.name, record.role)}.service")
+    if named:
+        print("these have lost their TPM and start again:", *named, flush=True)  # noqa: T201
+        subprocess.run(["systemctl", "--no-block", "try-restart", *named], check=False)  # noqa: S603, S607 - units of our own names
+
+
+def _forget_journal(places: Places, name: str) -> None:
+    places.domain(name).journal.unlink(missing_ok=True)
+
+
+def _forget_power(places: Places, state: RunState) -> None:
+    """The chip has lost its volatile state: what was true of it is no more."""
+    state.set_powered(powered=False)
+    places.event_log.unlink(missing_ok=True)
+    _forget_journal(places, CHIP_NAME)
+    _forget_journal(places, MANAGER_NAME)

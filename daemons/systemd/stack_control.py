@@ -1,0 +1,377 @@
+"""The stack as systemd runs it, behind the methods of the launcher's control socket.
+
+So the `vtpm` command needs not know who runs the stack: `open_control` finds out. What systemd
+knows is asked with `systemctl show`; who is who is in the registry; what a domain is, in its file.
+
+What only a launcher can do (attach a device to a running domain, pause one) is refused, and the
+refusal names what to edit instead.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final, Self
+
+from daemons.errors import ExitCode, Failure
+from daemons.launcher_client import LauncherClient, StackNotUp
+from daemons.places import CHIP_NAME, DOMAIN0_NAME, Places
+
+TARGET: Final = "vtpm-stack.target"
+EVERYBODY: Final = tuple(
+    f"{unit}.{suffix}"
+    for unit in ("vtpm-guest@*", "vtpm@*", "vtpmmgrd", "hwtpmd")
+    for suffix in ("service", "socket")
+)
+PLATFORM: Final = "vtpm-platform.service"
+_SHOWN: Final = (
+    "Id,LoadState,ActiveState,SubState,Result,MainPID,NRestarts,StatusText,ExecMainStatus"
+)
+_SYSTEMD_RUNS: Final = Path("/run/systemd/system")
+_STATES: Final[Mapping[str, str]] = {
+    "active": "running",
+    "reloading": "running",
+    "activating": "starting",
+    "deactivating": "shutdown",
+    "inactive": "shutdown",
+    "failed": "failed",
+}
+
+Row = dict[str, Any]
+Properties = dict[str, str]
+Progress = Callable[[str], None]
+
+
+def open_control(places: Places) -> LauncherClient | SystemdStack:
+    """Give the way to whoever runs the stack of an installation: a launcher, or systemd.
+
+    Raises:
+        StackNotUp: Nobody does.
+        Failure: A launcher does, and this user may not reach it.
+    """
+    try:
+        return LauncherClient(places)
+    except StackNotUp:
+        if is_run_by_systemd(places):
+            return SystemdStack(places)
+        raise
+
+
+def is_run_by_systemd(places: Places) -> bool:
+    """Tell whether the units of an installation are active."""
+    if places.root != Path("/") or not _SYSTEMD_RUNS.exists():
+        return False
+    asked = ["is-active", "--quiet", TARGET, "hwtpmd.socket", "hwtpmd.service"]
+    return _systemctl(*asked).returncode == 0
+
+
+def is_installed(places: Places) -> bool:
+    """Tell whether the units of this very installation are there to be started."""
+    units = Path(sys.prefix).parent / "systemd" / "system"
+    return places.root == Path("/") and _SYSTEMD_RUNS.exists() and (units / TARGET).exists()
+
+
+class SystemdStack:
+    """Calls the methods of a stack that systemd runs; to be used like `LauncherClient`.
+
+    Args:
+        places: Of the installation.
+    """
+
+    def __init__(self, places: Places) -> None:
+        self._places = places
+
+    def call(
+        self,
+        method: str,
+        /,
+        progress: Progress | None = None,
+        timeout_s: float = 0,
+        **params: Any,  # noqa: ANN401 - as the method wants them
+    ) -> Any:  # noqa: ANN401 - whatever the method gives
+        """Call a method by its name; see `LauncherClient.call`.
+
+        Raises:
+            Failure: systemd or the method says so.
+        """
+        del timeout_s  # systemd has its own
+        found = getattr(self, f"_do_{method}", None)
+        given = {name: value for name, value in params.items() if value is not None}
+        if found is None:
+            raise _only_a_launcher(method)
+        return found(progress or (lambda _: None), **given)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is held."""
+
+    # -- the methods -----------------------------------------------------------------------------
+
+    def _do_power_on(self, progress: Progress) -> None:
+        progress(f"starting {TARGET}")
+        _ordered("start", TARGET)
+
+    def _do_stop(self, progress: Progress) -> None:
+        progress(f"stopping {TARGET}")
+        # All by name: of the target alone, systemctl would only wait until it has begun.
+        _ordered("stop", TARGET, *EVERYBODY)
+
+    def _do_create(
+        self, progress: Progress, *, config_text: str, path: str, paused: bool = False
+    ) -> Row:
+        from daemons.systemd.domain_files import check_fits, unit_of  # noqa: PLC0415
+        from daemons.xl.domain_config import parse_domain  # noqa: PLC0415 - slow to load
+
+        if paused:
+            raise _only_a_launcher("pause")
+        config = parse_domain(config_text, path)
+        check_fits(config)
+        unit = unit_of(config.name, config.role)
+        if _show(f"{unit}.service")["ActiveState"] not in {"inactive", "failed"}:
+            raise Failure(
+                f"cannot create {config.name}",
+                why=f"it is there: {unit}.service is active",
+                next_step=f"To make it anew: vtpm destroy {config.name}",
+            )
+        progress(f"putting its config file into {self._places.domains}")
+        _write_private(self._places.domains / f"{config.name}.cfg", config_text)
+        _ordered("daemon-reload")
+        _ordered("reset-failed", f"{unit}.service", f"{unit}.socket", may_fail=True)
+        progress(f"starting {unit}.service")
+        _ordered("start", f"{unit}.socket", f"{unit}.service")
+        return self._row(config.name)
+
+    def _do_destroy(self, progress: Progress, *, domain: str) -> None:
+        unit = self._unit(domain)
+        progress(f"stopping {unit}.service")
+        _ordered("stop", f"{unit}.service", f"{unit}.socket")
+
+    _do_shutdown = _do_destroy
+
+    def _do_reboot(self, progress: Progress, *, domain: str) -> Row:
+        unit = self._unit(domain)
+        progress(f"restarting {unit}.service")
+        _ordered("restart", f"{unit}.service")
+        return self._row(self._name(domain))
+
+    def _do_list(self, _progress: Progress) -> list[Row]:
+        return [self._domain0(), *self._rows()]
+
+    def _do_status(self, _progress: Progress) -> Row:
+        from daemons.launcher.processes import pss_kib_of  # noqa: PLC0415 - only needed here
+
+        launcher = self._domain0()
+        launcher["root"] = str(self._places.root)
+        rows = [launcher, self._chip(), *self._rows()]
+        for row in rows:
+            row["pss_kib"] = pss_kib_of(row["pid"]) if row["pid"] else None
+        return {"launcher": rows[0], "chip": rows[1], "domains": rows[2:]}
+
+    def _do_domid(self, _progress: Progress, *, name: str) -> int:
+        return 0 if name == DOMAIN0_NAME else int(self._row(self._name(name))["domid"])
+
+    def _do_guest_environment(self, _progress: Progress, *, domain: str) -> dict[str, str]:
+        from daemons.guest.environment import guest_environment  # noqa: PLC0415 - only needed here
+
+        return guest_environment(self._places, self._name(domain))
+
+    def _do_platform_pcrs(self, _progress: Progress) -> list[str]:
+        from daemons.systemd.platform import read_pcrs  # noqa: PLC0415 - slow to load
+
+        return read_pcrs(self._places)
+
+    def _do_vtpm_list(self, _progress: Progress, *, domains: list[str]) -> list[Row]:
+        rows = self._rows()
+        wanted = [self._name(name) for name in domains]
+        return [
+            {"domain": row["name"], **device}
+            for row in rows
+            if not wanted or row["name"] in wanted
+            for device in row["vtpms"]
+        ]
+
+    # -- what there is ---------------------------------------------------------------------------
+
+    def _name(self, name_or_domid: str) -> str:
+        return str(self._find(name_or_domid)["name"])
+
+    def _unit(self, name_or_domid: str) -> str:
+        return str(self._find(name_or_domid)["unit"])
+
+    def _find(self, name_or_domid: str) -> Row:
+        rows = self._rows(with_resting=True)
+        for row in rows:
+            if name_or_domid in {row["name"], str(row["domid"])}:
+                return row
+        raise Failure(
+            f"there is no domain {name_or_domid!a}",
+            why=f"{self._places.domains} has: {', '.join(row['name'] for row in rows)}",
+            next_step="`vtpm list` shows them; `vtpm create CFG` makes one",
+            exit_code=ExitCode.UNAVAILABLE,
+        )
+
+    def _row(self, name: str) -> Row:
+        return next(row for row in self._rows(with_resting=True) if row["name"] == name)
+
+    def _rows(self, *, with_resting: bool = False) -> list[Row]:
+        from daemons.registry import Registry  # noqa: PLC0415 - slow to load
+        from daemons.systemd.domain_files import read_all, unit_of  # noqa: PLC0415
+
+        configs, _ = read_all(self._places)
+        units = {name: unit_of(name, config.role) for name, config in configs.items()}
+        shown = _show_all([f"{unit}.service" for unit in units.values()])
+        registry = Registry(self._places.registry)
+        rows: list[Row] = []
+        for name, config in configs.items():
+            record = registry.get(name)
+            properties = shown[f"{units[name]}.service"]
+            if properties["ActiveState"] == "inactive" and not with_resting:
+                continue
+            vtpms = record.vtpms if record is not None else ()
+            rows.append(
+                {
+                    "name": name,
+                    "unit": units[name],
+                    "domid": record.domid if record is not None else None,
+                    "label": record.label if record is not None else config.label,
+                    "role": config.role.value,
+                    **_life(properties),
+                    "memory": config.memory_mib,
+                    "vif": [vif.text for vif in config.vifs],
+                    "vtpms": [
+                        {"devid": d.devid, "backend": d.backend, "uuid": str(d.uuid)} for d in vtpms
+                    ],
+                    "backends": [device.backend for device in config.vtpms],
+                    "boot_hash": record.boot_hash if record is not None else "",
+                    "warnings": list(config.warnings),
+                }
+            )
+        return sorted(rows, key=lambda row: row["domid"] or 0)
+
+    def _domain0(self) -> Row:
+        from daemons import policy  # noqa: PLC0415 - slow to load
+        from daemons.registry import Role  # noqa: PLC0415
+
+        return {
+            "name": DOMAIN0_NAME,
+            "domid": 0,
+            "label": policy.load(self._places.policy).default_label(Role.DOMAIN0),
+            "role": Role.DOMAIN0.value,
+            "state": "running",
+            "pid": 1,
+            "restarts": 0,
+            "last_reason": "",
+            "status": "systemd, by the units of vtpm-stack.target",
+            "memory": None,
+            "vif": [],
+            "vtpms": [],
+            "backends": [],
+            "warnings": [],
+        }
+
+    def _chip(self) -> Row:
+        shown = _show_all(["hwtpmd.service", PLATFORM])
+        chip, platform = shown["hwtpmd.service"], shown[PLATFORM]
+        row = {"name": CHIP_NAME, "role": "hwtpm", **_life(chip)}
+        row["is_powered"] = platform["ActiveState"] == "active"
+        if row["state"] == "running" and not row["is_powered"]:
+            said = platform["StatusText"] or platform["ActiveState"]
+            row["state"] = f"starting: {PLATFORM}: {said}"
+        return row
+
+
+def _life(properties: Properties) -> Row:
+    state = _STATES.get(properties["ActiveState"], properties["ActiveState"])
+    if properties["SubState"] == "auto-restart":
+        state = "restarting"
+    reason = ""
+    if state in {"failed", "restarting"}:
+        reason = properties["StatusText"] or f"its unit ended with {properties['Result']}"
+        state = f"{state}: {reason}"
+    return {
+        "state": state,
+        "pid": int(properties["MainPID"] or 0) or None,
+        "restarts": int(properties["NRestarts"] or 0),
+        "last_reason": reason,
+        "status": properties["StatusText"],
+    }
+
+
+def _show(unit: str) -> Properties:
+    return _show_all([unit])[unit]
+
+
+def _show_all(units: list[str]) -> dict[str, Properties]:
+    if not units:
+        return {}
+    told = _systemctl("show", f"--property={_SHOWN}", *units)
+    if told.returncode:
+        raise _systemd_failed("show", told.stderr)
+    blocks = (block.splitlines() for block in told.stdout.strip().split("\n\n"))
+    found = [{line.partition("=")[0]: line.partition("=")[2] for line in block} for block in blocks]
+    # One block a unit, in the order that was asked for.
+    return dict(zip(units, found, strict=True))
+
+
+def _ordered(*words: str, may_fail: bool = False) -> None:
+    """Give systemd an order and wait until it is carried out."""
+    done = _systemctl(*words)
+    if done.returncode and not may_fail:
+        reasons = []
+        for unit in words[1:]:
+            shown = _show(unit)
+            if shown["ActiveState"] == "failed":
+                reasons.append(f"{unit}: {shown['StatusText'] or shown['Result']}")
+        raise _systemd_failed(" ".join(words), "; ".join(reasons) or done.stderr)
+
+
+def _systemctl(*words: str) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(  # noqa: S603 - words of our own
+            ["systemctl", "--no-ask-password", *words],  # noqa: S607 - the system's
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError as error:
+        raise _systemd_failed(" ".join(words), error.strerror or str(error)) from error
+
+
+def _systemd_failed(words: str, said: str) -> Failure:
+    return Failure(
+        f"systemctl {words} failed",
+        why=" ".join(said.split()) or "it gives no reason",
+        next_step="journalctl -b --unit UNIT tells more",
+        exit_code=ExitCode.FAILED,
+    )
+
+
+def _only_a_launcher(method: str) -> Failure:
+    return Failure(
+        f"cannot do this ({method}) with a stack that systemd runs",
+        why="its domains are what their files in /etc/vtpm/domains say",
+        next_step="Edit the file, then: systemctl daemon-reload, and vtpm reboot DOMAIN",
+        exit_code=ExitCode.USAGE,
+    )
+
+
+def _write_private(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}.new")
+    try:
+        beside.unlink(missing_ok=True)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os.fdopen(os.open(beside, flags, 0o600), "w", encoding="utf-8") as file:
+            file.write(text)
+        beside.rename(path)
+    except OSError as error:
+        raise Failure(
+            f"cannot write {path}",
+            why=error.strerror or str(error),
+            next_step="Run it as root; make install makes the directory",
+            exit_code=ExitCode.NO_PERMISSION,
+        ) from error
