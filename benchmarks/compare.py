@@ -2,10 +2,11 @@
 
     python -m benchmarks.compare [--ops pcrread,extend] [--seconds 0.5] [--json FILE]
 
-A scratch stack with one guest is started, and Debian's swtpm (TPM 1.2) beside it. Every operation
-runs against swtpm, against the guest's tpm0 and directly on the vTPM's ring, in slices that
-alternate, with the client and all daemons pinned to one CPU: unpinned, two identical servers differ
-by up to five times. Quote the ratios, not the microseconds.
+A scratch stack with one guest is started, `vtpm simulator` (the same engine without guest, vTPM and
+manager around it) and Debian's swtpm (TPM 1.2). Every operation runs against swtpm, the simulator,
+the guest's tpm0 and directly on the vTPM's ring, in slices that alternate, with the client and all
+daemons pinned to one CPU: unpinned, two identical servers differ by up to five times. Quote the
+ratios, not the microseconds. What the figures mean is in docs/performance.md.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -26,11 +27,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.endpoints import Stack, Swtpm
+from benchmarks.endpoints import Program, Stack, memory_of, simulator, swtpm
 from benchmarks.operations import OPERATIONS, Endpoint, Measured, Operation
 from protocol.return_codes import TpmError
 
 SLICE_S = 0.05
+STARTS = 7
+"""So often a simulator is started, of which the median is told."""
 
 
 def measure(measured: Measured, endpoints: list[Endpoint], seconds: float) -> dict[str, float]:
@@ -69,6 +72,16 @@ def scratch() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def started(start: Callable[[Path], Program], folder: Path) -> str:
+    """How long a simulator takes from its start to its first answer; its state is there already."""
+    found = []
+    for _ in range(STARTS + 1):
+        with start(folder) as program:
+            found.append(program.first_answer_s * 1000)
+    first, *others = found
+    return f"{statistics.median(others):.0f} ms until it answers, {first:.0f} ms with a new state"
+
+
 def show(rows: list[tuple[Measured, dict[str, float]]], labels: list[str]) -> None:
     """Print the table; ratios are to the first endpoint."""
     base, *others = labels
@@ -102,23 +115,30 @@ def main() -> None:
         parser.error(f"there is {', '.join(m.name for m in OPERATIONS)}")
     with scratch() as folder, ExitStack() as running:
         stack = running.enter_context(Stack(folder))
-        endpoints = []
+        programs = {"simulator": running.enter_context(simulator(folder / "simulator"))}
         if shutil.which("swtpm"):
-            peer = running.enter_context(Swtpm(folder / "swtpm"))
-            endpoints.append(Endpoint("swtpm", peer.exchange))
-            os.sched_setaffinity(peer.pid, {options.cpu})
+            programs = {"swtpm": running.enter_context(swtpm(folder / "swtpm")), **programs}
         else:
             print("swtpm is not installed (apt-get install swtpm): no ratios", file=sys.stderr)
+        endpoints = [Endpoint(label, program.exchange) for label, program in programs.items()]
         endpoints.append(Endpoint("tpm0", stack.open_tpm0()))
         endpoints.append(Endpoint("ring", stack.open_ring()))
+        cpus = os.sched_getaffinity(0)
         stack.pin(options.cpu)
+        for program in programs.values():
+            program.pin(options.cpu)
         os.sched_setaffinity(0, {options.cpu})
         rows = [
             (measured, measure(measured, endpoints, options.seconds))
             for measured in track(chosen, description="measuring", transient=True)
         ]
         show(rows, [endpoint.label for endpoint in endpoints])
-        facts = stack.facts()
+        facts = {f"memory of {name}": memory_of(program.pid) for name, program in programs.items()}
+        facts |= stack.facts()
+        os.sched_setaffinity(0, cpus)
+        starts = {"swtpm": swtpm, "simulator": simulator}
+        for name in programs:
+            facts[f"start of {name}"] = started(starts[name], folder / f"{name}-start")
     for name, value in facts.items():
         print(f"{name}: {value}")
     if options.json:

@@ -1,4 +1,4 @@
-"""The programs under test: a scratch stack with its guest, and swtpm."""
+"""The programs under test: a scratch stack with its guest, the simulator alone, and swtpm."""
 
 from __future__ import annotations
 
@@ -48,33 +48,35 @@ def stream_exchange(path: Path) -> Exchange:
     return exchange
 
 
-class Swtpm:
-    """Debian's swtpm, TPM 1.2, powered on and started."""
+class Program:
+    """A TPM simulator on a socket, running.
 
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir()
-        self._path = folder / "sock"
+    Args:
+        command: Starts it; it serves at `path`.
+        path: Its socket.
+    """
+
+    def __init__(self, command: list[str], path: Path) -> None:
+        started = time.perf_counter()
         self._process = subprocess.Popen(
-            [
-                "swtpm",
-                "socket",
-                "--server",
-                f"type=unixio,path={self._path}",
-                "--tpmstate",
-                f"dir={folder}",
-                "--flags",
-                "not-need-init,startup-clear",
-            ],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         self.pid = self._process.pid
         end = time.monotonic() + READY_S
-        while not self._path.exists():
-            if self._process.poll() is not None or time.monotonic() > end:
-                raise RuntimeError("swtpm did not start")
-            time.sleep(0.01)
-        self.exchange = stream_exchange(self._path)
+        while True:
+            try:
+                self.exchange = stream_exchange(path)
+                self.exchange(_GET_VERSION)
+                break
+            except OSError as error:
+                if self._process.poll() is not None or time.monotonic() > end:
+                    raise RuntimeError(f"{command[0]} did not start") from error
+                time.sleep(0.001)
+        self.first_answer_s = time.perf_counter() - started
+
+    def pin(self, cpu: int) -> None:
+        """Pin it, with all its threads, to one CPU."""
+        pin(self.pid, cpu)
 
     def __enter__(self) -> Self:
         return self
@@ -82,6 +84,37 @@ class Swtpm:
     def __exit__(self, *_: object) -> None:
         self._process.terminate()
         self._process.wait()
+
+
+_GET_VERSION = bytes.fromhex("00c10000001200000065 00000006 00000000")
+
+
+def swtpm(folder: Path) -> Program:
+    """Debian's swtpm, TPM 1.2, powered on and started; its state is in the folder."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    path = folder / "sock"
+    return Program(
+        [
+            *("swtpm", "socket", "--server", f"type=unixio,path={path}"),
+            *("--tpmstate", f"dir={folder}", "--flags", "not-need-init,startup-clear"),
+        ],
+        path,
+    )
+
+
+def simulator(folder: Path) -> Program:
+    """`vtpm simulator`, its state in the folder."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    path = folder / "sock"
+    return Program(
+        [str(VTPM), "simulator", "--state", str(folder / "state"), "--socket", str(path)], path
+    )
+
+
+def pin(pid: int, cpu: int) -> None:
+    """Pin a process, with all its threads, to one CPU."""
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        os.sched_setaffinity(int(thread.name), {cpu})
 
 
 class Stack:
@@ -137,8 +170,7 @@ class Stack:
     def pin(self, cpu: int) -> None:
         """Pin every daemon, with all its threads, to one CPU."""
         for pid in self.pids().values():
-            for thread in Path(f"/proc/{pid}/task").iterdir():
-                os.sched_setaffinity(int(thread.name), {cpu})
+            pin(pid, cpu)
 
     def facts(self) -> dict[str, str]:
         """Memory of each process, and how long `vtpm create` took until the domain was ready."""

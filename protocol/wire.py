@@ -25,7 +25,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, FrozenInstanceError, dataclass, fields
+from dataclasses import MISSING, FrozenInstanceError, dataclass, make_dataclass
+from dataclasses import field as dataclass_field
+from inspect import get_annotations
 from typing import (
     IO,
     Annotated,
@@ -258,15 +260,18 @@ def wire(cls: type[T]) -> type[T]:
     Raises:
         TypeError: A field has no construct declaration, or one that the compiler does not know.
     """
-    # What dataclass would generate beyond the fields is made by the compiler or is generic: each
-    # generated method costs an exec.
-    make = dataclass(init=False, repr=False, eq=False, slots=True, kw_only=True)
-    structure = cast("Any", make(cls))
-    hints = get_type_hints(structure, include_extras=True)
+    hints = get_type_hints(cls, include_extras=True)
+    names = [*get_annotations(cls)]
+    members = {n: v for n, v in cls.__dict__.items() if n not in {"__dict__", "__weakref__"}}
     declared = tuple(
-        _declared(structure, f.name, hints[f.name], f.default) for f in fields(structure)
+        _declared(cls, name, hints[name], members.pop(name, MISSING)) for name in names
+    )
+    # `dataclass` would make the same of it, and take ten times as long: 40 ms for all structures.
+    structure = cast("Any", type(cls))(
+        cls.__name__, cls.__bases__, {**members, "__slots__": tuple(names)}
     )
     structure.__wire_fields__ = declared
+    structure.__dataclass_fields__ = _DataclassFields()
     for field in declared:
         _check_known(structure, field.name, field.construct)
     _compile_at_first_use(structure)
@@ -276,6 +281,20 @@ def wire(cls: type[T]) -> type[T]:
     structure.__setattr__ = structure.__delattr__ = _frozen
     _STRUCTURES.append(structure)
     return cast("type[T]", structure)
+
+
+class _DataclassFields:
+    """The fields as `dataclasses.replace` and `dataclasses.fields` want them, when they do."""
+
+    def __get__(self, _value: object, structure: Any) -> Any:
+        declared = [
+            (f.name, f.construct, dataclass_field(default=f.default))
+            for f in wire_fields(structure)
+        ]
+        made: Any = make_dataclass(structure.__name__, declared, kw_only=True)
+        found = made.__dataclass_fields__
+        structure.__dataclass_fields__ = found
+        return found
 
 
 _STRUCTURES: Final[list[type]] = []
@@ -307,6 +326,7 @@ def _compile_at_first_use(structure: Any) -> None:
 
     structure.__wire_decode__ = staticmethod(lambda data, at: compiled().__wire_decode__(data, at))
     structure.__wire_encode__ = lambda self: compiled().__wire_encode__(self)
+    structure.__wire_frame__ = lambda self, tag, code: compiled().__wire_frame__(self, tag, code)
     structure.__init__ = init
 
 
@@ -356,13 +376,13 @@ def decode(structure: type[T], data: bytes) -> T:
     Raises:
         DecodeError: BAD_PARAM_SIZE when bytes are missing or left over, else as the field says.
     """
-    value, end = cast("Any", structure).__wire_decode__(data, 0)
+    value, end = structure.__wire_decode__(data, 0)  # type: ignore[attr-defined]
     if end != len(data):
         raise DecodeError(
             ReturnCode.BAD_PARAM_SIZE,
             f"{len(data) - end} bytes left over after {structure.__name__}",
         )
-    return cast("T", value)
+    return value  # type: ignore[no-any-return]
 
 
 def decode_from(structure: type[T], data: bytes, offset: int) -> tuple[T, int]:
@@ -371,7 +391,31 @@ def decode_from(structure: type[T], data: bytes, offset: int) -> tuple[T, int]:
     Raises:
         DecodeError: As `decode`, but left-over bytes are the caller's.
     """
-    return cast("tuple[T, int]", cast("Any", structure).__wire_decode__(data, offset))
+    return structure.__wire_decode__(data, offset)  # type: ignore[attr-defined,no-any-return]
+
+
+def changing(structure: type[T], field_name: str) -> Callable[[T, Any], T]:
+    """A function that gives a copy of a structure in which one field has another value.
+
+    What `dataclasses.replace` does, in 0.2 us instead of 3: for what changes with every command.
+    """
+    names = [f.name for f in wire_fields(structure)]
+    if field_name not in names:
+        raise TypeError(f"{structure.__name__} has no field {field_name}")
+    source = [
+        "def changed(old, value):",
+        "    new = _new(_open)",
+        *[f"    new.{n} = {'value' if n == field_name else 'old.' + n}" for n in names],
+        "    new.__class__ = _cls",
+        "    return new",
+    ]
+    namespace: dict[str, Any] = {
+        "_new": object.__new__,
+        "_open": _open_twin(structure),
+        "_cls": structure,
+    }
+    exec(compile("\n".join(source), f"<wire {structure.__qualname__}>", "exec"), namespace)  # noqa: S102 - as in the compiler
+    return cast("Callable[[T, Any], T]", namespace["changed"])
 
 
 def encode(value: object) -> bytes:
@@ -381,7 +425,28 @@ def encode(value: object) -> bytes:
         EncodeError: A field does not fit its declaration.
     """
     try:
-        return cast("bytes", cast("Any", value).__wire_encode__())
+        return value.__wire_encode__()  # type: ignore[attr-defined,no-any-return]
+    except (struct.error, OverflowError) as error:
+        raise EncodeError(f"{type(value).__name__}: {error}") from error
+
+
+FRAME_HEADER: Final = struct.Struct(">HII")
+"""Tag, size of the whole frame, ordinal or return code: how every command and response begins."""
+
+
+def encode_frame(value: object, tag: int, code: int) -> bytes:
+    """Write one structure behind a header.
+
+    Args:
+        value: What stands behind it.
+        tag: The header's tag.
+        code: Ordinal or return code.
+
+    Raises:
+        EncodeError: A field does not fit its declaration.
+    """
+    try:
+        return value.__wire_frame__(tag, code)  # type: ignore[attr-defined,no-any-return]
     except (struct.error, OverflowError) as error:
         raise EncodeError(f"{type(value).__name__}: {error}") from error
 
@@ -451,10 +516,25 @@ def _field_name(local: str) -> str:
     return local.removesuffix("_")
 
 
+def _open_twin(structure: type) -> type:
+    """A class with the fields of a structure, in the same places, which lets them be set.
+
+    An object is filled as one of these and then made one of the frozen class by setting its
+    `__class__` (30 ns, once): 5 ns a field, where going around the frozen `__setattr__` costs 35.
+    """
+    slots = tuple(f.name for f in wire_fields(structure))
+    return type(structure.__name__, (), {"__slots__": slots})
+
+
+_FIELDS_OF_TWIN_MIN: Final = 4
+"""From this many fields on it is quicker to make `self` a twin and back than to go around."""
+
+
 class _Compiler:
     """Writes the source of `__wire_decode__`, `__wire_encode__` and `__init__` of one structure.
 
-    Fixed-size fields are collected into one struct format until one of variable size ends the run.
+    Fixed-size fields are collected into one struct format until one of variable size ends the run;
+    the length of that one is read with them.
     """
 
     def __init__(self, structure: type, declared: tuple[WireField, ...]) -> None:
@@ -466,9 +546,13 @@ class _Compiler:
             "_short": _short,
             "_new": object.__new__,
             "_cls": structure,
+            "_open": _open_twin(structure),
+            "_set_class": object.__dict__["__class__"].__set__,
         }
         self.decoding: list[str] = []
         self.encoding: list[str] = []
+        self.pieces: list[str] = []  # expressions for the bytes, in order
+        self.packed: dict[str, str] = {}  # packing functions, with their formats
         self.run_format = ""
         self.run_in: list[str] = []
         self.run_out: list[str] = []
@@ -481,26 +565,27 @@ class _Compiler:
         self._end_run()
         structure = cast("Any", self.structure)
         names = [f.name for f in self.declared]
-        for name in names:
-            self.names[f"_set_{name}"] = structure.__dict__[name].__set__
-        sets = [f"    _set_{name}(value, {_local(name)})" for name in names]
         source = [
             "def __wire_decode__(data, at):",
             "    size = len(data)",
             *self.decoding,
-            "    value = _new(_cls)",
-            *sets,
+            "    value = _new(_open)",
+            *[f"    value.{name} = {_local(name)}" for name in names],
+            "    value.__class__ = _cls",
             "    return value, at",
             "def __wire_encode__(self):",
-            "    out = []",
             *self.encoding,
-            "    return b''.join(out) if len(out) != 1 else out[0]",
+            f"    return {self._joined()}",
+            "def __wire_frame__(self, tag, code):",
+            *self.encoding,
+            *self._framed(),
         ]
         source += self._init_source(names)
         namespace = self.names
         exec(compile("\n".join(source), f"<wire {structure.__qualname__}>", "exec"), namespace)  # noqa: S102 - the source is made here from declarations
         structure.__wire_decode__ = staticmethod(namespace["__wire_decode__"])
         structure.__wire_encode__ = namespace["__wire_encode__"]
+        structure.__wire_frame__ = namespace["__wire_frame__"]
         structure.__init__ = namespace["__init__"]
 
     def _init_source(self, names: list[str]) -> list[str]:
@@ -512,8 +597,44 @@ class _Compiler:
                 self.names[f"_default_{field.name}"] = field.default
                 parameters.append(f"{field.name}=_default_{field.name}")
         star = ["*", *parameters] if parameters else []
-        body = [f"    _set_{name}(self, {name})" for name in names] or ["    pass"]
+        if len(names) < _FIELDS_OF_TWIN_MIN:
+            for name in names:
+                self.names[f"_set_{name}"] = cast("Any", self.structure).__dict__[name].__set__
+            body = [f"    _set_{name}(self, {name})" for name in names] or ["    pass"]
+        else:
+            body = [f"    self.{name} = {name}" for name in names]
+            body = ["    _set_class(self, _open)", *body, "    self.__class__ = _cls"]
         return [f"def __init__(self{''.join(', ' + p for p in star)}):", *body]
+
+    def _joined(self) -> str:
+        """The expression for all bytes."""
+        match self.pieces:
+            case []:
+                return "b''"
+            case [piece] if not piece.startswith("*"):
+                return piece
+            case [first, second] if not (first.startswith("*") or second.startswith("*")):
+                return f"{first} + {second}"
+            case pieces:
+                return f"b''.join(({', '.join(pieces)},))"
+
+    def _framed(self) -> list[str]:
+        """Lines that return the bytes behind a header of tag, size and code.
+
+        The header is packed with the first fields where that is possible: 0.3 us less a response.
+        """
+        head, *rest = self.pieces or [""]
+        pack = head.partition("(")[0]
+        if pack not in self.packed or any("(" in piece or "*" in piece for piece in rest):
+            pack_header = self._fresh(FRAME_HEADER.pack)
+            return [
+                f"    body = {self._joined()}",
+                f"    return {pack_header}(tag, {FRAME_HEADER.size} + len(body), code) + body",
+            ]
+        packer = struct.Struct(FRAME_HEADER.format + self.packed[pack].lstrip(">"))
+        size = " + ".join([str(packer.size), *[f"len({piece})" for piece in rest]])
+        frame = f"{self._fresh(packer.pack)}(tag, {size}, code, {head.partition('(')[2]}"
+        return [f"    return {' + '.join([frame, *rest])}"]
 
     def _fresh(self, value: Any) -> str:
         self.serial += 1
@@ -584,43 +705,40 @@ class _Compiler:
             "    at = end",
             *self.after_run,
         ]
-        self.encoding.append(f"    out.append({pack}({', '.join(self.run_out)}))")
+        self.pieces.append(f"{pack}({', '.join(self.run_out)})")
+        if self.run_format.startswith(">"):
+            self.packed[pack] = self.run_format
         self.run_format, self.run_in, self.run_out, self.after_run = "", [], [], []
 
-    def _length(self, declaration: Any, name: str) -> None:
-        """Emit reading of a length or count into `count`."""
-        packer = struct.Struct(declaration.fmtstr)
-        unpack = self._fresh(packer.unpack_from)
-        self.decoding += [
-            f"    end = at + {packer.size}",
-            f"    if end > size: raise _short('the length of {_field_name(name)}')",
-            f"    count, = {unpack}(data, at)",
-            "    at = end",
-        ]
+    def _length(self, declaration: Any, source: str) -> None:
+        """Emit reading of a length or count into `count` and writing of the length of `source`."""
+        if self.after_run:  # what is wrong before the length is told first
+            self._end_run()
+        self._fixed("count", declaration.fmtstr, f"len({source})")
+        self._end_run()
 
     def _variable(self, name: str, declaration: Any, source: str) -> None:
-        self._end_run()
+        if not isinstance(declaration, cs.Prefixed | Counted):
+            self._end_run()
         where = f"{self.structure.__name__}.{_field_name(name)}"
         if isinstance(declaration, cs.Prefixed):
             if declaration.subcon is not cs.GreedyBytes:
                 raise TypeError(f"{where}: only bytes may be prefixed, use in_sized for structures")
-            self._length(declaration.lengthfield, name)
+            self._length(declaration.lengthfield, source)
             self.decoding += [
                 "    end = at + count",
                 f"    if end > size: raise _short('{where}')",
                 f"    {name} = data[at:end]",
                 "    at = end",
             ]
-            length = cast("Any", declaration.lengthfield)
-            pack = self._fresh(struct.Struct(length.fmtstr).pack)
-            self.encoding.append(f"    out.append({pack}(len({source}))); out.append({source})")
+            self.pieces.append(source)
         elif declaration is cs.GreedyBytes:
             self.decoding += [f"    {name} = data[at:]", "    at = size"]
-            self.encoding.append(f"    out.append({source})")
+            self.pieces.append(source)
         elif isinstance(declaration, Nested):
             inner = self._fresh(_compiled(declaration.structure))
             self.decoding.append(f"    {name}, at = {inner}(data, at)")
-            self.encoding.append(f"    out.append({source}.__wire_encode__())")
+            self.pieces.append(f"{source}.__wire_encode__()")
         elif isinstance(declaration, ByLeadingU16):
             table = self._fresh({k: _compiled(s) for k, s in declaration.cases.items()})
             default = self._fresh(_compiled(declaration.default))
@@ -628,7 +746,7 @@ class _Compiler:
                 f"    if at + 2 > size: raise _short('the tag of {where}')",
                 f"    {name}, at = {table}.get(data[at] << 8 | data[at + 1], {default})(data, at)",
             ]
-            self.encoding.append(f"    out.append({source}.__wire_encode__())")
+            self.pieces.append(f"{source}.__wire_encode__()")
         elif isinstance(declaration, Counted):
             self._counted(name, declaration, source)
         elif isinstance(declaration, _InSized):
@@ -637,9 +755,7 @@ class _Compiler:
             raise TypeError(f"{where}: the compiler does not know {declaration!r}")
 
     def _counted(self, name: str, declaration: Counted, source: str) -> None:
-        self._length(declaration.count, name)
-        pack = self._fresh(struct.Struct(declaration.count.fmtstr).pack)
-        self.encoding.append(f"    out.append({pack}(len({source})))")
+        self._length(declaration.count, source)
         if isinstance(declaration.item, Nested):
             inner = self._fresh(_compiled(declaration.item.structure))
             self.decoding += [
@@ -649,7 +765,7 @@ class _Compiler:
                 f"        {name}.append(item)",
                 f"    {name} = tuple({name})",
             ]
-            self.encoding.append(f"    out.extend([item.__wire_encode__() for item in {source}])")
+            self.pieces.append(f"*[item.__wire_encode__() for item in {source}]")
             return
         item_size = declaration.item.sizeof()
         if isinstance(declaration.item, cs.FormatField):
@@ -664,10 +780,14 @@ class _Compiler:
             f"    {name} = tuple([item for item, in {unpack}(data[at:end])])",
             "    at = end",
         ]
-        self.encoding.append(f"    out.extend([{pack_item}(item) for item in {source}])")
+        self.pieces.append(f"*[{pack_item}(item) for item in {source}]")
 
     def _in_sized(self, name: str, declaration: _InSized, source: str) -> None:
-        self._length(declaration.length, name)
+        self.serial += 1
+        written = f"inner{self.serial}"
+        self.encoding.append(f"    {written} = {source}.__wire_encode__()")
+        self._length(declaration.length, written)
+        self.pieces.append(written)
         inner = self._fresh(declaration.structure)
         whole = self._fresh(decode)
         self.decoding += [
@@ -675,9 +795,4 @@ class _Compiler:
             f"    if end > size: raise _short('{_field_name(name)}')",
             f"    {name} = {whole}({inner}, data[at:end])",
             "    at = end",
-        ]
-        pack = self._fresh(struct.Struct(declaration.length.fmtstr).pack)
-        self.encoding += [
-            f"    inner = {source}.__wire_encode__()",
-            f"    out.append({pack}(len(inner))); out.append(inner)",
         ]

@@ -14,6 +14,7 @@ Invariants:
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -30,7 +31,7 @@ from protocol.constants import (
 from protocol.delegation_structures import DelegatePublic
 from protocol.return_codes import ReturnCode, TpmError
 from protocol.structures import CounterValue
-from protocol.wire import decode, encode
+from protocol.wire import changing, decode, encode
 from tpm12 import delegation
 from tpm12.crypto import HmacKey, aes128_ctr, hmac_key, is_same, sha1, xor
 from tpm12.keys import LoadedKey
@@ -41,7 +42,7 @@ from tpm12.tpm import Tpm
 if TYPE_CHECKING:
     from tpm12.dispatch import AuthBy
 
-_BLOCK: Final = struct.Struct(">I20sB20s")
+_read_block: Final = struct.Struct(">I20sB20s").unpack_from
 _NV_NAME: Final = struct.Struct(">III")
 _TRUE: Final = b"\x01"
 _FALSE: Final = b"\x00"
@@ -61,6 +62,13 @@ _COUNTER: Final = int(EntityType.COUNTER)
 _OWNER_ITSELF: Final = int(KeyHandleValue.OWNER)
 _OWNER_BITS: Final = int(DelegateType.OWNER_BITS)
 _DELEGATE_TYPES: Final = {_KEY: int(DelegateType.KEY_BITS), _OWNER: _OWNER_BITS}
+# Plain integers here too: with an enumerator, `&` and `==` run Python code.
+_PCR_IGNORED_ON_READ: Final = int(KeyFlags.PCR_IGNORED_ON_READ)
+_NEVER: Final = int(AuthDataUsage.NEVER)
+_NO_READ_PUBKEY_AUTH: Final = int(AuthDataUsage.NO_READ_PUBKEY_AUTH)
+
+_rolled: Final = changing(Session, "nonce_even")
+"""A session after one more response."""
 
 
 class AuthBlock:
@@ -80,7 +88,7 @@ class AuthBlock:
     def __init__(self, handle: int, nonce_odd: bytes, continues: int, mac: bytes) -> None:
         self.handle = handle
         self.nonce_odd = nonce_odd
-        self.continues = bool(continues)
+        self.continues = continues == 1
         self.mac = mac
         self.session: Session | None = None
         self.hmac: HmacKey | None = None
@@ -132,12 +140,16 @@ def read_blocks(data: bytes, at: int, count: int) -> list[AuthBlock]:
     if at + AUTH_REQUEST_BYTES * count != len(data):
         raise TpmError(ReturnCode.BAD_PARAM_SIZE, "the request does not end with its auth blocks")
     blocks = []
-    for i in range(count):
-        handle, nonce_odd, continues, mac = _BLOCK.unpack_from(data, at + AUTH_REQUEST_BYTES * i)
+    for start in range(at, len(data), AUTH_REQUEST_BYTES):
+        handle, nonce_odd, continues, mac = _read_block(data, start)
         if continues > 1:
             raise TpmError(ReturnCode.BAD_PARAMETER, "a BOOL other than 0 or 1")
         blocks.append(AuthBlock(handle, nonce_odd, continues, mac))
     return blocks
+
+
+Declared = Sequence[tuple["AuthBy", AuthBlock | None]]
+"""The sessions that a command declares, each with the block that came for it."""
 
 
 class Authorized:
@@ -147,24 +159,26 @@ class Authorized:
         tpm: The command's draft.
         ordinal: Of the command; delegations permit by it.
         declared: Its declared sessions, each with the block that came for it or None.
+        blocks: The blocks that came.
         in_param_digest: H(ordinal, parameters without handles).
         keys: The keys that the handle operands name, by operand.
     """
 
     __slots__ = ("_declared", "blocks", "in_param_digest", "keys", "ordinal", "tpm")
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917 - what is known when it is checked
         self,
         tpm: Tpm,
         ordinal: int,
-        declared: list[tuple[AuthBy, AuthBlock | None]],
+        declared: Declared,
+        blocks: Sequence[AuthBlock],
         in_param_digest: bytes,
         keys: dict[str, LoadedKey],
     ) -> None:
         self.tpm = tpm
         self.ordinal = ordinal
         self._declared = declared
-        self.blocks = [block for _, block in declared if block is not None]
+        self.blocks = blocks
         self.in_param_digest = in_param_digest
         self.keys = keys
 
@@ -235,8 +249,8 @@ class Authorized:
             TpmError: AUTHFAIL, or AUTH2FAIL for the second of two declared sessions;
                 INVALID_AUTHHANDLE; BAD_MODE for a kind of session that is not allowed here.
         """
-        by, block, failure = self._declared_use(over)
-        self._verify(by, block, secret, entity, failure)
+        by, block, position = self._declared_use(over)
+        self._verify(by, block, self._find(by, block), secret, entity, position)
 
     def verify_owner(self, over: str = "owner") -> None:
         """Check a session against the owner's secret, or a delegate's (TPM_SetOwnerPointer).
@@ -244,71 +258,66 @@ class Authorized:
         Raises:
             TpmError: NOSRK without an owner, else as `verify`.
         """
-        owner_auth = self.tpm.permanent.owner_auth
-        if owner_auth is None:
+        if self.tpm.permanent.owner_auth is None:
             raise TpmError(ReturnCode.NOSRK)
-        secret = hmac_key(owner_auth)
-        row_index = self.tpm.stclear.owner_reference
-        by, block, failure = self._declared_use(over)
-        if row_index != _OWNER_ITSELF and self._find(by, block).protocol == OIAP:
-            secret = self._delegates_secret(block, row_index, failure)
-        self._verify(by, block, secret, owner_entity(owner_auth), failure)
+        by, block, position = self._declared_use(over)
+        self._verify_owner(by, block, position)
 
     # -- for the dispatcher ------------------------------------------------------------------
 
-    def resolve_sessions(self) -> None:
-        """Find the sessions that `verify_declared` will check; handlers find the others.
+    def verify_declared(self) -> None:
+        """Check the sessions that the declaration says how to check; handlers do the rest.
 
         So a handler's own checks come first where the specification has them first.
 
         Raises:
-            TpmError: INVALID_AUTHHANDLE, BAD_MODE.
+            TpmError: INVALID_AUTHHANDLE, BAD_MODE; AUTHFAIL or AUTH2FAIL; NOSRK; AUTHFAIL for a key
+                that needs a session.
         """
+        declared, keys = self._declared, self.keys
+        if len(declared) > 1 and self.blocks:
+            self._find_declared()
+        for position, (by, block) in enumerate(declared):
+            key = keys.get(by.over)
+            if key is not None:
+                if block is not None:
+                    session = self._find(by, block)
+                    entity = None if session.protocol == OIAP else key_entity(key)
+                    self._verify(by, block, session, key.usage_hmac, entity, position)
+                elif not _goes_without_session(key, reads_only=by.reads_only):
+                    raise TpmError(ReturnCode.AUTHFAIL, "this key needs an authorization session")
+            elif block is not None and by.over == "owner":
+                self._verify_owner(by, block, position)
+
+    def _find_declared(self) -> None:
+        """Of two sessions, find both before the first is checked."""
         for by, block in self._declared:
             if block is not None and (by.over in self.keys or by.over == "owner"):
                 self._find(by, block)
         if len(self.blocks) == 2 and self.blocks[0].handle == self.blocks[1].handle:
             raise TpmError(ReturnCode.INVALID_AUTHHANDLE, "one session for two authorizations")
 
-    def verify_declared(self) -> None:
-        """Check the sessions that the declaration says how to check; handlers do the rest.
-
-        Raises:
-            TpmError: AUTHFAIL or AUTH2FAIL; NOSRK; AUTHFAIL for a key that needs a session.
-        """
-        for i, (by, block) in enumerate(self._declared):
-            if by.over in self.keys:
-                key = self.keys[by.over]
-                if block is not None:
-                    self._verify(by, block, key.usage_hmac, key_entity(key), by.failure(i))
-                elif not _goes_without_session(key, reads_only=by.reads_only):
-                    raise TpmError(ReturnCode.AUTHFAIL, "this key needs an authorization session")
-            elif by.over == "owner" and block is not None:
-                self.verify_owner()
-
-    def is_complete(self) -> bool:
-        """Was every session that came checked?"""
-        return all(block.is_verified for block in self.blocks)
-
-    def sign_response(self, blocks: list[AuthBlock], out_param_digest: bytes) -> bytes:
+    def sign_response(self, blocks: Sequence[AuthBlock], out_param_digest: bytes) -> bytes:
         """The response's auth blocks; rolls nonces and drops sessions that do not continue."""
-        sessions = dict(self.tpm.stany.sessions)
-        out = []
+        tpm = self.tpm
+        stany = tpm.change_stany()
+        sessions = stany.sessions = stany.sessions.copy()
+        signed = b""
         for block in blocks:
-            if block.handle not in sessions:
-                block.continues = False  # the command itself ended it, with what it was bound to
-            if block.hmac is None or block.session is None:
+            handle, session, hmac = block.handle, block.session, block.hmac
+            if hmac is None or session is None:
                 raise AssertionError("a response is signed before its request was checked")
-            nonce_even = self.tpm.random(20)
-            continues = _TRUE if block.continues else _FALSE
-            mac = block.hmac.mac(out_param_digest + nonce_even + block.nonce_odd + continues)
-            out.append(nonce_even + continues + mac)
-            if not block.continues:
-                sessions.pop(block.handle, None)
-            elif block.handle in sessions:
-                sessions[block.handle] = block.session.with_nonce(nonce_even)
-        self.tpm.change_stany().sessions = sessions
-        return b"".join(out)
+            nonce_even = tpm.world.rng.random(20)
+            # The command itself may have ended the session, with what it was bound to.
+            if block.continues and handle in sessions:
+                sessions[handle] = _rolled(session, nonce_even)
+                continues = _TRUE
+            else:
+                sessions.pop(handle, None)
+                continues = _FALSE
+            mac = hmac.mac(out_param_digest + nonce_even + block.nonce_odd + continues)
+            signed += nonce_even + continues + mac
+        return signed
 
     def _block(self, over: str) -> AuthBlock | None:
         for by, block in self._declared:
@@ -316,22 +325,36 @@ class Authorized:
                 return block
         return None
 
-    def _declared_use(self, over: str) -> tuple[AuthBy, AuthBlock, ReturnCode]:
-        """A declared use, the block that came for it, and the code when it proves nothing."""
-        for i, (by, block) in enumerate(self._declared):
+    def _declared_use(self, over: str) -> tuple[AuthBy, AuthBlock, int]:
+        """A declared use, the block that came for it, and its position."""
+        for position, (by, block) in enumerate(self._declared):
             if by.over == over and block is not None:
-                return by, block, by.failure(i)
+                return by, block, position
         raise TpmError(ReturnCode.AUTHFAIL, f"no session for {over}")
 
     def _find(self, by: AuthBy, block: AuthBlock) -> Session:
-        if block.session is None:
+        session = block.session
+        if session is None:
             session = self.tpm.stany.sessions.get(block.handle)
             if session is None:
                 raise TpmError(ReturnCode.INVALID_AUTHHANDLE)
             if session.protocol not in by.kinds:
                 raise TpmError(ReturnCode.BAD_MODE, "a session of another kind is needed")
             block.session = session
-        return block.session
+        return session
+
+    def _verify_owner(self, by: AuthBy, block: AuthBlock, position: int) -> None:
+        session = self._find(by, block)
+        owner_auth = self.tpm.permanent.owner_auth
+        if owner_auth is None:
+            raise TpmError(ReturnCode.NOSRK)
+        secret, entity = hmac_key(owner_auth), None
+        if session.protocol != OIAP:
+            entity = owner_entity(owner_auth)
+        elif self.tpm.stclear.owner_reference != _OWNER_ITSELF:
+            row_index = self.tpm.stclear.owner_reference
+            secret = self._delegates_secret(block, row_index, by.failure(position))
+        self._verify(by, block, session, secret, entity, position)
 
     def _delegates_secret(self, block: AuthBlock, row_index: int, failure: ReturnCode) -> HmacKey:
         """Let a row of the delegate table act in the owner's place (Part 3 §18.1, action 4)."""
@@ -351,15 +374,15 @@ class Authorized:
             delegation.check_key(self.tpm, entity.key)
         block.delegation = public
 
-    def _verify(
+    def _verify(  # noqa: PLR0913, PLR0917 - all that is known of it, so that nothing is looked for twice
         self,
         by: AuthBy,
         block: AuthBlock,
+        session: Session,
         secret: HmacKey,
         entity: Entity | None,
-        failure: ReturnCode,
+        position: int,
     ) -> None:
-        session = self._find(by, block)
         if session.protocol == OIAP:
             hmac = secret
         elif (
@@ -368,14 +391,14 @@ class Authorized:
             and is_same(session.entity_digest, entity.digest)
         ):
             if session.protocol == DSAP:
-                self._check_delegate(session, block, entity, failure)
+                self._check_delegate(session, block, entity, by.failure(position))
             hmac = session_key(session)
         else:
-            raise TpmError(failure, f"the session is not bound to {by.over}")
+            raise TpmError(by.failure(position), f"the session is not bound to {by.over}")
         continues = _TRUE if block.continues else _FALSE
         expected = hmac.mac(self.in_param_digest + session.nonce_even + block.nonce_odd + continues)
         if not is_same(expected, block.mac):
-            raise WrongHmacError(failure, f"wrong authorization for {by.over}")
+            raise WrongHmacError(by.failure(position), f"wrong authorization for {by.over}")
         block.hmac = hmac
         block.is_verified = True
 
@@ -396,13 +419,10 @@ class WrongHmacError(TpmError):
     """An HMAC was wrong: counts against the dictionary-attack defence."""
 
 
-NO_SESSIONS: Final[list[tuple[AuthBy, AuthBlock | None]]] = []
-
-
 def _goes_without_session(key: LoadedKey, *, reads_only: bool) -> bool:
-    if key.auth_data_usage == AuthDataUsage.NEVER:
+    if key.auth_data_usage == _NEVER:
         return True
-    return reads_only and key.auth_data_usage == AuthDataUsage.NO_READ_PUBKEY_AUTH
+    return reads_only and key.auth_data_usage == _NO_READ_PUBKEY_AUTH
 
 
 def check_key_use(tpm: Tpm, key: LoadedKey, *, reads_only: bool) -> None:
@@ -411,7 +431,7 @@ def check_key_use(tpm: Tpm, key: LoadedKey, *, reads_only: bool) -> None:
     Raises:
         TpmError: WRONGPCRVAL, BAD_LOCALITY.
     """
-    if reads_only and key.flags & KeyFlags.PCR_IGNORED_ON_READ:
+    if reads_only and key.flags & _PCR_IGNORED_ON_READ:
         return
     check_release(tpm, key.pcr_info)
 

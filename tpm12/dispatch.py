@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import Flag, auto
 from typing import Any, Final, TypeVar, cast
 
-from protocol.constants import HEADER_BYTES, Ordinal
+from protocol.constants import HEADER_BYTES, Ordinal, Tag
 from protocol.return_codes import ReturnCode
 from protocol.wire import HANDLE, wire, wire_fields
 from tpm12.auditing import AUDITED_AT_FACTORY
@@ -93,6 +93,10 @@ class Command:
         is_audited_at_factory: It is audited until the owner says otherwise.
         authorized: What the handler gets to see of the sessions.
         sessions_by_count: For each legal number of blocks, which declared session each serves.
+        sessions_by_tag: The same, by the tag that says how many blocks there are.
+        digest_prefix: What a response's digest begins with: success and the ordinal.
+        unserved: The declared sessions when none came.
+        leaves_checks: Nothing of its authorization is for the dispatcher to check.
     """
 
     ordinal: int
@@ -119,7 +123,11 @@ class Command:
     runs_in_failure_mode: bool
     keeps_sha1_thread: bool
     keeps_saved_state: bool
+    digest_prefix: bytes
+    unserved: tuple[tuple[AuthBy, None], ...]
+    leaves_checks: bool
     sessions_by_count: dict[int, tuple[bool, ...]] = field(default_factory=dict)
+    sessions_by_tag: dict[int, tuple[bool, ...]] = field(default_factory=dict)
 
 
 _REGISTER: Final = "__tpm_command__"
@@ -153,6 +161,7 @@ def command(  # noqa: PLR0913 - a declaration has many words
         )
         handles_in, handles_out = _leading_handles(takes), _leading_handles(gives)
         unhashed = _UNHASHED_BYTES.get(ordinal, (4 * handles_in, 4 * handles_out))
+        by_count = _assignments(sessions)
         declared = Command(
             ordinal=ordinal,
             name=name,
@@ -182,7 +191,11 @@ def command(  # noqa: PLR0913 - a declaration has many words
             runs_in_failure_mode=Gate.IN_FAILURE_MODE in gates,
             keeps_sha1_thread=Gate.KEEPS_SHA1_THREAD in gates,
             keeps_saved_state=Gate.KEEPS_SAVED_STATE in gates,
-            sessions_by_count=_assignments(sessions),
+            digest_prefix=bytes(4) + ordinal.to_bytes(4, "big"),
+            unserved=tuple((by, None) for by in sessions),
+            leaves_checks=not key_operands and all(by.over != "owner" for by in sessions),
+            sessions_by_count=by_count,
+            sessions_by_tag={Tag.RQU_COMMAND + count: by_count[count] for count in by_count},
         )
         setattr(handler, _REGISTER, declared)
         return handler

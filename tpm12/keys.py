@@ -65,6 +65,7 @@ class LoadedKey:
 
     __slots__ = (
         "_pub_digest",
+        "_pubkey",
         "_rsa",
         "_usage_hmac",
         "auth_data_usage",
@@ -104,6 +105,7 @@ class LoadedKey:
         self._rsa: RsaPrivateKey | None = None
         self._usage_hmac: HmacKey | None = None
         self._pub_digest: bytes | None = None
+        self._pubkey: Pubkey | None = None
 
     def __repr__(self) -> str:
         return f"LoadedKey(usage=0x{self.usage:04x}, bits={8 * len(self.public.pub_key)})"
@@ -149,8 +151,10 @@ class LoadedKey:
         return self.public.algorithm_parms.sig_scheme
 
     def pubkey(self) -> Pubkey:
-        """Its TPM_PUBKEY."""
-        return pubkey_of(self.public)
+        """Its TPM_PUBKEY, made at first use and kept."""
+        if self._pubkey is None:
+            self._pubkey = pubkey_of(self.public)
+        return self._pubkey
 
     def store_asymkey(self) -> StoreAsymkey:
         """What goes encrypted into `enc_data`."""

@@ -63,8 +63,8 @@ def extend(tpm: Tpm, pcr_num: int, digest: bytes) -> bytes:
     if not ATTRIBUTES[pcr_num].extendable_from & tpm.locality_bit:
         raise TpmError(ReturnCode.BAD_LOCALITY)
     stclear = tpm.change_stclear()
-    value = sha1(stclear.pcrs[pcr_num] + digest)
-    stclear.pcrs = {**stclear.pcrs, pcr_num: value}
+    pcrs = stclear.pcrs = stclear.pcrs.copy()
+    value = pcrs[pcr_num] = sha1(pcrs[pcr_num] + digest)
     return value
 
 

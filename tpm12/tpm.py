@@ -23,6 +23,7 @@ from tpm12.state import Permanent, StAny, State, StClear, Volatile
 if TYPE_CHECKING:
     from tpm12.dispatch import Command
 
+_SRK: Final = int(KeyHandleValue.SRK)
 _RESERVED_HANDLES: Final = 0x40
 """Top byte of the reserved handles; free handles stay out of it."""
 
@@ -202,7 +203,7 @@ class Tpm:
             TpmError: INVALID_KEYHANDLE; for the SRK of an unowned TPM too.
         """
         found: LoadedKey | None
-        if handle == KeyHandleValue.SRK:
+        if handle == _SRK:
             found = self.permanent.srk
         else:
             found = self.volatile.keys.get(handle) or self.permanent.owner_evict_keys.get(handle)

@@ -16,7 +16,7 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
@@ -39,14 +39,14 @@ from protocol.constants import (
 from protocol.return_codes import ReturnCode, TpmError
 from protocol.structures import CurrentTicks, StorePubkey, TransportLogIn, TransportLogOut
 from protocol.wire import encode
-from tpm12.authorization import AuthBlock, Authorized
+from tpm12.authorization import AuthBlock, Authorized, Declared
 from tpm12.crypto import HmacKey, aes128_ctr, aes128_ofb, hmac_key, is_same, mgf1, sha1, xor
 from tpm12.keys import LoadedKey
 from tpm12.state import TransportSession
 from tpm12.tpm import Tpm
 
 if TYPE_CHECKING:
-    from tpm12.dispatch import AuthBy, Command
+    from tpm12.dispatch import Command
 
 TRANSPORT_ONLY: Final = frozenset({int(ProtocolId.TRANSPORT)})
 """Sessions of TPM_ExecuteTransport and TPM_ReleaseTransportSigned."""
@@ -266,15 +266,16 @@ class TransportAuthorized(Authorized):
 
     __slots__ = ("_session", "nonce_even", "out_param_digest", "wrapped_digests")
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917 - as the class above it
         self,
         tpm: Tpm,
         ordinal: int,
-        declared: list[tuple[AuthBy, AuthBlock | None]],
+        declared: Declared,
+        blocks: Sequence[AuthBlock],
         in_param_digest: bytes,
         keys: dict[str, LoadedKey],
     ) -> None:
-        super().__init__(tpm, ordinal, declared, in_param_digest, keys)
+        super().__init__(tpm, ordinal, declared, blocks, in_param_digest, keys)
         self.nonce_even = tpm.random(DIGEST_BYTES)
         self.wrapped_digests: tuple[bytes, bytes] | None = None
         self.out_param_digest: bytes | None = None
@@ -319,7 +320,7 @@ class TransportAuthorized(Authorized):
         """Give the session another log digest, if it is still there after the command."""
         self._session = replace(self._found(), trans_digest=trans_digest)
 
-    def sign_response(self, blocks: list[AuthBlock], out_param_digest: bytes) -> bytes:
+    def sign_response(self, blocks: Sequence[AuthBlock], out_param_digest: bytes) -> bytes:
         """The response's auth blocks; rolls nonces and ends sessions that do not continue."""
         *own, block = blocks
         signed = super().sign_response(own, out_param_digest) if own else b""

@@ -1,41 +1,89 @@
-"""`vtpm simulator`: the engine alone, on a socket."""
+"""`vtpm simulator`: the engine alone, on a socket.
+
+Its options are declared once, for argparse, so that the simulator can be started without typer;
+for `vtpm --help` and `vtpm --root DIR simulator` the table of subcommands has them from there.
+"""
 
 from __future__ import annotations
 
+import argparse
+import inspect
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
-import typer
+SUMMARY = "Serve one TPM 1.2 on a stream socket until SIGTERM. SIGHUP is a power cycle."
 
 
-def simulator(
-    socket: Annotated[Path, typer.Option(metavar="PATH", help="Where the TPM listens.")],
-    state: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where its memory is kept.")
-    ] = None,
-    *,
-    no_ek: Annotated[
-        bool, typer.Option("--no-ek", help="As it leaves a factory that makes no key.")
-    ] = False,
-    ephemeral: Annotated[
-        bool, typer.Option("--ephemeral", help="Keep nothing; no --state is needed.")
-    ] = False,
-    seed: Annotated[
-        int | None, typer.Option(metavar="N", help="The same TPM in every run. Not for secrets.")
-    ] = None,
-) -> None:
-    """Serve one TPM 1.2 on a stream socket until SIGTERM. SIGHUP is a power cycle."""
+def parser(program: str) -> argparse.ArgumentParser:
+    """The options, for a program called so."""
+    options = argparse.ArgumentParser(prog=program, description=SUMMARY, allow_abbrev=False)
+    add = options.add_argument
+    add("--socket", metavar="PATH", type=Path, required=True, help="Where the TPM listens.")
+    add("--state", metavar="DIR", type=Path, help="Where its memory is kept.")
+    add("--no-ek", action="store_true", help="As it leaves a factory that makes no key.")
+    add("--ephemeral", action="store_true", help="Keep nothing; no --state is needed.")
+    add(
+        "--seed",
+        metavar="N",
+        type=int,
+        help="The same TPM in every run. Not for secrets.",
+    )
+    return options
+
+
+def main(arguments: Sequence[str], program: str) -> int:
+    """Run the simulator with these arguments; its exit status."""
+    options = parser(program)
+    return _run(options.parse_args(arguments), options.error)
+
+
+def _run(chosen: argparse.Namespace, refuse: Callable[[str], Any]) -> int:
     from daemons.simulator import Options, run_simulator  # noqa: PLC0415 - slow to import
 
-    if state is None and not ephemeral:
-        raise typer.BadParameter(
-            "say where its memory is kept, or --ephemeral", param_hint="--state"
+    if chosen.state is None and not chosen.ephemeral:
+        refuse("--state: say where its memory is kept, or --ephemeral")
+    if chosen.state is not None and chosen.ephemeral:
+        refuse("--state: an ephemeral TPM keeps nothing there")
+    return run_simulator(
+        Options(
+            state=chosen.state or Path(),
+            socket=chosen.socket.absolute(),
+            has_ek=not chosen.no_ek,
+            is_ephemeral=chosen.ephemeral,
+            seed=chosen.seed,
         )
-    options = Options(
-        state=state or Path(),
-        socket=socket.absolute(),
-        has_ek=not no_ek,
-        is_ephemeral=ephemeral,
-        seed=seed,
     )
-    raise typer.Exit(run_simulator(options))
+
+
+def as_typer_command() -> Callable[..., None]:
+    """The same, as typer wants it: a function whose parameters are the options."""
+    import typer  # noqa: PLC0415 - only the table of subcommands asks for this
+
+    def refuse(reason: str) -> None:
+        raise typer.BadParameter(reason)
+
+    def simulator(**chosen: object) -> None:
+        raise typer.Exit(_run(argparse.Namespace(**chosen), refuse))
+
+    parameters = []
+    for option in parser("vtpm simulator")._actions[1:]:  # noqa: SLF001 - the first is --help
+        kind: Any = option.type or bool
+        default = inspect.Parameter.empty if option.required else option.default
+        declared = typer.Option(
+            *option.option_strings, metavar=str(option.metavar or ""), help=option.help
+        )
+        typed = kind if option.required or kind is bool else kind | None
+        annotation = cast("Any", Annotated)[typed, declared]
+        parameters.append(
+            inspect.Parameter(
+                option.dest,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=default,
+                annotation=annotation,
+            )
+        )
+    simulator.__doc__ = SUMMARY
+    simulator.__annotations__ = {p.name: p.annotation for p in parameters}
+    vars(simulator)["__signature__"] = inspect.Signature(parameters)
+    return simulator

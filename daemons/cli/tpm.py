@@ -7,8 +7,10 @@ Secrets are `well-known` (20 zero bytes, the default), `text:WORDS` (their SHA-1
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -20,14 +22,26 @@ from daemons.cli.output import print_json, print_line
 from daemons.errors import ExitCode, Failure
 
 if TYPE_CHECKING:
+    from protocol.return_codes import ReturnCode
     from tpm12.client import TpmClient
 
 _FORMS: Final = "well-known, text:WORDS or hash:HEX."
 OwnerAuth = Annotated[str, typer.Option("--owner-auth", metavar="SECRET", help=_FORMS)]
 Auth = Annotated[str, typer.Option("--auth", metavar="SECRET", help=_FORMS)]
 Index = Annotated[str, typer.Argument(metavar="INDEX", help="As 0x11101 or decimal.")]
+Pcr = Annotated[int, typer.Argument(min=0, max=23)]
+Size = Annotated[int, typer.Argument(metavar="BYTES", min=0, max=0xFFFF)]
 WELL_KNOWN: Final = "well-known"
+_CMD_ENABLE, _NOTPRESENT, _PRESENT = 0x0020, 0x0010, 0x0008  # Part 2 §4.9
+_NV_INDEX_MAX: Final = 0xFFFFFFFF
 _PUBLIC_OWNER_RIGHTS: Final = 0x00020002  # OWNERREAD and OWNERWRITE
+
+
+class Presence(StrEnum):
+    """Whether a person is at the platform."""
+
+    ON = "on"
+    OFF = "off"
 
 
 def select(
@@ -70,7 +84,7 @@ def selftest(context: typer.Context) -> None:
 
 def pcr_read(
     context: typer.Context,
-    indices: Annotated[list[int] | None, typer.Argument(metavar="[PCR...]")] = None,
+    indices: Annotated[list[int] | None, typer.Argument(metavar="[PCR...]", min=0, max=23)] = None,
     *,
     as_json: Json = False,
 ) -> None:
@@ -82,7 +96,7 @@ def pcr_read(
 
 def extend(
     context: typer.Context,
-    pcr: int,
+    pcr: Pcr,
     digest: Annotated[str | None, typer.Argument(metavar="[HEX]")] = None,
     file: Annotated[Path | None, typer.Option(help="Extend with this file's SHA-1.")] = None,
 ) -> None:
@@ -94,10 +108,13 @@ def extend(
         print_line(tpm.extend(pcr, measured).hex())
 
 
-def random(context: typer.Context, count: Annotated[int, typer.Argument(metavar="BYTES")]) -> None:
+def random(context: typer.Context, count: Size) -> None:
     """Print random bytes of the TPM in hex."""
+    drawn = b""
     with _tpm(context) as tpm:
-        print_line(tpm.get_random(count).hex())
+        while len(drawn) < count:  # a TPM gives what fits into one answer
+            drawn += tpm.get_random(count - len(drawn))
+    print_line(drawn.hex())
 
 
 def takeownership(
@@ -114,12 +131,37 @@ def clear(context: typer.Context, owner_auth: OwnerAuth = WELL_KNOWN) -> None:
         tpm.owner_clear(_secret(owner_auth))
 
 
+def presence(
+    context: typer.Context,
+    state: Annotated[
+        Presence, typer.Argument(metavar="on|off", help="Until the TPM is started again.")
+    ],
+) -> None:
+    """Say that a person is at the platform, or is not."""
+    with _tpm(context) as tpm:
+        _say_presence(tpm, is_there=state is Presence.ON)
+
+
+def enable(context: typer.Context) -> None:
+    """Switch on a TPM that was cleared, as a person at its platform would."""
+    from protocol.constants import Ordinal  # noqa: PLC0415
+
+    with _tpm(context) as tpm:
+        _say_presence(tpm, is_there=True)
+        try:
+            tpm.call(Ordinal.PHYSICAL_ENABLE)
+            tpm.call(Ordinal.PHYSICAL_SET_DEACTIVATED, state=False)
+        finally:
+            _say_presence(tpm, is_there=False)
+
+
 def seal(
     context: typer.Context,
     source: Annotated[Path, typer.Argument(metavar="FILE", help="At most 149 bytes.")],
     blob: Annotated[Path, typer.Argument(metavar="BLOB", help="Where the sealed data go.")],
     pcr: Annotated[
-        list[int] | None, typer.Option("--pcr", help="Bind to this PCR as it is now; repeatable.")
+        list[int] | None,
+        typer.Option("--pcr", min=0, max=23, help="Bind to this PCR as it is now; repeatable."),
     ] = None,
     auth: Auth = WELL_KNOWN,
 ) -> None:
@@ -130,7 +172,7 @@ def seal(
     with _tpm(context) as tpm:
         release = {i: tpm.pcr_read(i) for i in pcr} if pcr else None
         sealed = tpm.seal(data, release=release, auth=_secret(auth))
-    blob.write_bytes(encode(sealed))
+    _write(blob, encode(sealed))
 
 
 def unseal(
@@ -157,11 +199,12 @@ def unseal(
             exit_code=ExitCode.DAMAGED,
         ) from error
     with _tpm(context) as tpm:
-        target.write_bytes(tpm.unseal(sealed, auth=_secret(auth)))
+        secret = tpm.unseal(sealed, auth=_secret(auth))
+    _write(target, secret)
 
 
 def nv_define(
-    context: typer.Context, index: Index, size: int, owner_auth: OwnerAuth = WELL_KNOWN
+    context: typer.Context, index: Index, size: Size, owner_auth: OwnerAuth = WELL_KNOWN
 ) -> None:
     """Define an NV area that the owner reads and writes."""
     with _tpm(context) as tpm:
@@ -182,11 +225,19 @@ def nv_write(
 
 
 def nv_read(
-    context: typer.Context, index: Index, size: int, owner_auth: OwnerAuth = WELL_KNOWN
+    context: typer.Context, index: Index, size: Size, owner_auth: OwnerAuth = WELL_KNOWN
 ) -> None:
     """Print an NV area in hex."""
     with _tpm(context) as tpm:
         print_line(tpm.nv_read_value(_index(index), size, owner_auth=_secret(owner_auth)).hex())
+
+
+def _say_presence(tpm: TpmClient, *, is_there: bool) -> None:
+    """TSC_PhysicalPresence: allow it as a command, then say it (Part 3 §6.6)."""
+    from protocol.constants import Ordinal  # noqa: PLC0415
+
+    for value in (_CMD_ENABLE, _PRESENT if is_there else _NOTPRESENT):
+        tpm.call(Ordinal.TSC_PHYSICAL_PRESENCE, physical_presence=value)
 
 
 COMMANDS: Final = (
@@ -197,6 +248,8 @@ COMMANDS: Final = (
     random,
     takeownership,
     clear,
+    presence,
+    enable,
     seal,
     unseal,
     nv_define,
@@ -222,8 +275,31 @@ def _tpm(context: typer.Context) -> Iterator[TpmClient]:
             raise Failure(
                 f"the TPM of {guest} refused",
                 why=str(error),
-                next_step="Wrong secret, other PCR values, no owner yet: the code says which.",
+                next_step=_next_step(error.code),
             ) from error
+
+
+_NEXT: Final = {
+    "AUTHFAIL": "Give the right secret: --owner-auth, or --auth.",
+    "AUTH2FAIL": "Give the right secret: --auth.",
+    "BADINDEX": "Define that NV area first: vtpm tpm GUEST nv-define.",
+    "BAD_DATASIZE": "Seal at most 149 bytes: a key, not what it encrypts.",
+    "BAD_PRESENCE": "Say that somebody is there: vtpm tpm GUEST presence on.",
+    "CLEAR_DISABLED": "Its owner has forbidden that until another owner comes.",
+    "DEACTIVATED": "Switch it on, vtpm tpm GUEST enable, and start it again.",
+    "DEFEND_LOCK_RUNNING": "Wait: too many wrong secrets were tried.",
+    "DISABLED": "Switch it on: vtpm tpm GUEST enable.",
+    "NOSPACE": "Stay within the area's size, or free some NV first.",
+    "NOSRK": "Install an owner first: vtpm tpm GUEST takeownership.",
+    "NO_ENDORSEMENT": "It has no endorsement key yet: its maker makes one.",
+    "OWNER_SET": "It has an owner. Only that one can remove it: vtpm tpm GUEST clear.",
+    "WRONGPCRVAL": "Other PCR values are needed; vtpm tpm GUEST pcr-read shows those of now.",
+}
+_LOOK_UP: Final = "Part 2 of the TPM 1.2 specification says what the code means."
+
+
+def _next_step(code: ReturnCode) -> str:
+    return _NEXT.get(code.name, _LOOK_UP)
 
 
 def _secret(text: str) -> bytes:
@@ -249,9 +325,12 @@ def _hex(text: str, size: int) -> bytes:
 
 def _index(text: str) -> int:
     try:
-        return int(text, 0)
+        index = int(text, 0)
     except ValueError as error:
         raise typer.BadParameter("an NV index is a number such as 0x11101") from error
+    if not 0 <= index <= _NV_INDEX_MAX:
+        raise typer.BadParameter("an NV index has 32 bits")
+    return index
 
 
 def _read(path: Path) -> bytes:
@@ -263,6 +342,21 @@ def _read(path: Path) -> bytes:
             why=(error.strerror or str(error)).lower(),
             next_step="Name a file that can be read.",
             exit_code=ExitCode.NO_INPUT,
+        ) from error
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file that nobody else may read."""
+    try:
+        target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(target, "wb") as file:
+            file.write(data)
+    except OSError as error:
+        raise Failure(
+            f"cannot write {path}",
+            why=(error.strerror or str(error)).lower(),
+            next_step="Name a file in a folder that is there and may be written.",
+            exit_code=ExitCode.IO_ERROR,
         ) from error
 
 

@@ -12,7 +12,7 @@ manager, as there is none behind a TPM 1.2 character device.
   TPM_BADTAG), and is told to the people who run the guest, once.
 - When the vTPM cannot be reached any more, a command gets TPM_IOERROR, as a driver would give EIO.
 
-Leaves to others: cutting commands out of the stream (`protocol.framing`), the ring (`ring_client`).
+Leaves to others: answering a client's commands (`tpm0_stream`), the ring (`ring_client`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
@@ -29,23 +28,11 @@ import structlog
 import trio
 
 from daemons.errors import Failure
-from daemons.listeners import set_receive_timeout, set_send_timeout
+from daemons.guest.tpm0_stream import STALL_S, Exchange, Tpm0Stream
 from daemons.service import Connection, ends_with_its_peer
-from protocol.framing import HEADER_BYTES, CommandFramer, FrameError, error_response
-from protocol.return_codes import ReturnCode
-from protocol.tpmif_page import PACKET_BYTES_MAX
 
 CLIENTS_MAX: Final = 64
 """Connected programs, each with a thread; more are refused by closing them."""
-STALL_S: Final = 60.0
-"""A client may take this long within one command, and to read one response."""
-_RECEIVE_BYTES: Final = 4096
-_TPM2_TAGS: Final = (b"\x80\x01", b"\x80\x02")
-"""TPM_ST_NO_SESSIONS and TPM_ST_SESSIONS of TPM 2.0, where 1.2 has 0x00C1 to 0x00C3."""
-_SIZE: Final = slice(2, 6)
-
-Exchange = Callable[[bytes], bytes]
-"""Runs one TPM command; thread-safe."""
 
 
 class Tpm0Device:
@@ -57,7 +44,7 @@ class Tpm0Device:
         give_up: Called when the daemon's drain time has passed and a command still runs; `exchange`
             must then raise `Failure` soon.
         clients_max: See `CLIENTS_MAX`.
-        stall_s: See `STALL_S`.
+        stall_s: See `STALL_S` in `tpm0_stream.py`.
     """
 
     def __init__(
@@ -69,13 +56,10 @@ class Tpm0Device:
         clients_max: int = CLIENTS_MAX,
         stall_s: float = STALL_S,
     ) -> None:
-        self._exchange = exchange
         self._tell = tell
         self._give_up = give_up
-        self._stall_s = stall_s
         self._threads = trio.CapacityLimiter(clients_max)
-        self._notice = threading.Lock()
-        self._has_seen_tpm2 = False
+        self._stream = Tpm0Stream(exchange, _log_unanswered, self._tell_tpm2, stall_s=stall_s)
 
     @ends_with_its_peer()
     async def handle(self, connection: Connection) -> None:
@@ -113,59 +97,19 @@ class Tpm0Device:
             FrameError: Bytes that cannot be cut into commands; the client has been told.
             TimeoutError: The client stalled inside a command or did not read.
         """
-        set_receive_timeout(client, self._stall_s)
-        set_send_timeout(client, self._stall_s)
-        framer = CommandFramer(PACKET_BYTES_MAX)
-        while True:
-            try:
-                data = client.recv(_RECEIVE_BYTES)
-            except BlockingIOError as error:
-                if framer.is_inside_command:
-                    raise TimeoutError("stalled inside a command") from error
-                continue
-            if not data:
-                return
-            if _is_one_command(data) and not framer.is_inside_command:
-                self._answer(client, data, peer_pid)
-                continue
-            framer.feed(data)
-            try:
-                while (command := framer.next_command()) is not None:
-                    self._answer(client, command, peer_pid)
-            except FrameError as error:
-                client.sendall(error.response)
-                raise
+        self._stream.serve(client, peer_pid)
 
-    def _answer(self, client: socket.socket, command: bytes, peer_pid: int) -> None:
-        if command[:2] in _TPM2_TAGS:
-            self._notice_tpm2(peer_pid)
-        try:
-            response = self._exchange(command)
-        except Failure as failure:
-            structlog.get_logger().error(
-                "command not answered by the vTPM", reason=str(failure), peer_pid=peer_pid
-            )
-            response = error_response(ReturnCode.IOERROR)
-        try:
-            client.sendall(response)
-        except BlockingIOError as error:
-            raise TimeoutError("did not read its response") from error
-
-    def _notice_tpm2(self, peer_pid: int) -> None:
-        with self._notice:
-            if self._has_seen_tpm2:
-                return
-            self._has_seen_tpm2 = True
+    def _tell_tpm2(self, peer_pid: int) -> None:
         structlog.get_logger().warning(
             "a TPM 2.0 program talks to this TPM 1.2, which refuses its commands", peer_pid=peer_pid
         )
         self._tell(f"process {peer_pid} sent TPM 2.0 commands, but this is a TPM 1.2")
 
 
-def _is_one_command(data: bytes) -> bool:
-    """The usual case, for which nothing needs to be kept or cut: exactly one command."""
-    size = len(data)
-    return HEADER_BYTES <= size <= PACKET_BYTES_MAX and int.from_bytes(data[_SIZE], "big") == size
+def _log_unanswered(failure: Failure, peer_pid: int) -> None:
+    structlog.get_logger().error(
+        "command not answered by the vTPM", reason=str(failure), peer_pid=peer_pid
+    )
 
 
 @contextmanager

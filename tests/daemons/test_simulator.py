@@ -140,3 +140,35 @@ def test_where_to_keep_it_must_be_said(folder):
     )
     assert done.returncode == 2
     assert "--ephemeral" in done.stderr
+
+
+def refused(folder, *options):
+    command = [str(VTPM), "simulator", "--socket", str(folder / "s"), *options]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "NO_COLOR": "1"}
+    )
+
+
+@pytest.mark.parametrize(("first", "then"), [(["--seed", "7"], []), ([], ["--seed", "7"])])
+def test_a_tpm_made_with_a_seed_never_passes_for_another(folder, first, then):
+    state = ["--state", str(folder / "st")]
+    with running(folder, *state, *first):
+        pass
+    done = refused(folder, *state, *then)
+    assert done.returncode == 78
+    assert "it was made" in done.stderr
+    with running(folder, *state, *first), client(folder) as tpm:
+        assert (b"SEED" in tpm.get_capability(CapabilityArea.VERSION_VAL)) is bool(first)
+
+
+def test_a_file_in_place_of_the_folder_is_refused_with_the_reason(folder):
+    (folder / "st").write_text("")
+    done = refused(folder, "--state", str(folder / "st"))
+    assert done.returncode == 78
+    assert "file exists" in done.stderr
+
+
+def test_to_keep_nothing_somewhere_is_refused(folder):
+    done = refused(folder, "--state", str(folder / "st"), "--ephemeral")
+    assert done.returncode == 2
+    assert "keeps nothing" in done.stderr

@@ -1,5 +1,6 @@
 """The compiled codecs hold to their construct declarations, and any bytes get an answer."""
 
+import dataclasses
 from typing import Annotated
 
 import construct as cs
@@ -29,10 +30,12 @@ from protocol.wire import (
     SecretAuth,
     Sized,
     Sized16,
+    changing,
     construct_of,
     decode,
     decode_from,
     encode,
+    encode_frame,
     in_sized,
 )
 
@@ -244,3 +247,40 @@ def test_sized_is_bytes():
         number: U32
 
     assert decode(One, b"\0\0\0\2ab\0\0\0\5") == One(data=b"ab", number=5)
+
+
+# -- frames and changed copies ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("structure", ALL, ids=lambda s: s.__name__)
+@given(data=st.data())
+def test_a_frame_is_a_header_and_the_structure(structure, data):
+    raw = data.draw(st.one_of(st.binary(max_size=64), st.binary(max_size=12).map(lambda b: b * 6)))
+    value = outcome(lambda d: decode(structure, d), raw)
+    if isinstance(value, ReturnCode):
+        return
+    body = encode(value)
+    header = b"\x00\xc4" + (10 + len(body)).to_bytes(4, "big") + b"\x00\x00\x00\x07"
+    assert encode_frame(value, 0xC4, 7) == header + body
+
+
+def test_a_frame_of_each_shape():
+    empty = Plain(count=1, name=b"")
+    for value in (example, empty, Point(x=1, y=2), Fancy(digest=b"d" * 20, flag=True)):
+        assert encode_frame(value, 0xC4, 0)[10:] == encode(value)
+        assert encode_frame(value, 0xC4, 0)[2:6] == (10 + len(encode(value))).to_bytes(4, "big")
+    with pytest.raises(EncodeError):
+        encode_frame(Point(x=-1, y=0), 0xC4, 0)
+
+
+def test_a_changed_copy_is_as_replaced_and_as_frozen():
+    with_flag = changing(Everything, "flag")
+    changed = with_flag(example, False)
+    assert changed == dataclasses.replace(example, flag=False)
+    assert example.flag is True
+    assert type(changed) is Everything
+    for value in (changed, decode(Point, encode(Point(x=1, y=2))), Point(x=1, y=2), example):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            value.x = 1
+    with pytest.raises(TypeError, match="no field"):
+        changing(Everything, "nothing")

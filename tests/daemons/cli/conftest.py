@@ -9,7 +9,7 @@ import threading
 import pytest
 from typer.testing import CliRunner
 
-from daemons.cli.main import app
+from daemons.cli.app import app
 from daemons.errors import Failure
 from daemons.listeners import Kind, listen
 from daemons.places import Places

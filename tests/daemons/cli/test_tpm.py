@@ -7,9 +7,13 @@ import threading
 import pytest
 from typer.testing import CliRunner
 
-from daemons.cli.main import app
+from daemons.cli.app import app
 from daemons.durable_tpm import DurableTpm
+from daemons.guest.tpm0_client import Tpm0Client
 from daemons.simulator import EphemeralStore, Simulator
+from daemons.world import SystemRng
+from protocol.constants import CapabilityArea
+from tpm12.client import TpmClient
 from tpm12.commands import ALL
 from tpm12.profile import CHIP
 
@@ -97,3 +101,68 @@ def test_nobody_at_the_socket_is_a_failure(tmp_path):
     refused = CliRunner().invoke(app, ["tpm", str(tmp_path / "none"), "version"])
     assert refused.exit_code != 0
     assert "none" in refused.output
+
+
+@pytest.fixture
+def enabled(run):
+    """The TPM is the module's, and may have been cleared."""
+    assert run("enable").exit_code == 0
+    return run
+
+
+def test_cleared_tpm_is_switched_on_again(enabled):
+    run = enabled
+    assert run("takeownership").exit_code == 0
+    assert run("takeownership").exit_code == 1
+    assert run("clear").exit_code == 0
+    off = run("takeownership")
+    assert "vtpm tpm GUEST enable" in off.output
+    assert run("enable").exit_code == 0
+    assert run("takeownership").exit_code == 0
+    assert run("clear").exit_code == 0
+
+
+def test_presence_is_said_and_taken_back(run, tpm_socket):
+    for word, is_there in (("on", True), ("off", False)):
+        assert run("presence", word).exit_code == 0
+        with Tpm0Client(tpm_socket) as tpm0:
+            tpm = TpmClient(tpm0.exchange, rng=SystemRng())
+            flags = tpm.get_capability(CapabilityArea.FLAG, (0x109).to_bytes(4, "big"))
+        assert bool(flags[4]) is is_there
+    assert run("presence", "perhaps").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("pcr-read", "24"),
+        ("pcr-read", "--", "-1"),
+        ("extend", "24", "00" * 20),
+        ("random", "--", "-1"),
+        ("random", "65536"),
+        ("nv-define", "0x100000000", "6"),
+        ("nv-define", "0x11101", "--", "-6"),
+        ("nv-read", "0x11101", "70000"),
+    ],
+    ids=" ".join,
+)
+def test_numbers_that_no_tpm_has_are_refused_before_it_is_asked(run, words):
+    assert run(*words).exit_code == 2
+
+
+def test_as_many_random_bytes_as_were_asked_for(enabled):
+    assert len(bytes.fromhex(enabled("random", "5000").output)) == 5000
+
+
+def test_where_nothing_can_be_written_is_named(enabled, tmp_path):
+    run = enabled
+    source = tmp_path / "s"
+    source.write_bytes(b"secret")
+    assert run("takeownership").exit_code == 0
+    failed = run("seal", source, tmp_path / "nowhere" / "b")
+    assert failed.exit_code == 74
+    assert "cannot write" in failed.output
+    assert run("seal", source, tmp_path / "b").exit_code == 0
+    assert run("unseal", tmp_path / "b", tmp_path / "t").exit_code == 0
+    assert (tmp_path / "t").stat().st_mode & 0o777 == 0o600
+    assert run("clear").exit_code == 0
