@@ -4,18 +4,15 @@ One tcsd serves all tests of this module: first those of a new TPM, then those o
 whose owner clears it at the end. What a tool asked and was answered is shown when a test fails.
 """
 
-import os
 import re
 import shutil
-import socket
-import subprocess
 import tempfile
 import threading
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.clients.trousers import SESSION, free_port, trousers_on, why_not
 from tests.system.scratch_stack import (
     FIRST_CHAIN,
     GUEST1,
@@ -23,87 +20,9 @@ from tests.system.scratch_stack import (
     vtpm_command,
     wait_until,
 )
-from tests.system.tpm0_recorder import recorded
 
-TOOLS = ("tcsd", "tpm_version", "tpm_selftest", "tpm_takeownership", "tpm_sealdata")
-SESSION = Path(__file__).with_name("trousers_session.sh")
-TOOL_S = 60
-INVALID_AUTHHANDLE = 0x22
-"""TrouSerS flushes sessions that ended with their command: not a failure of anything."""
 SECRET = "the disk key of guest1\n"
-
-
-def why_not():
-    """Why these tests cannot run here; empty when they can."""
-    if os.geteuid() != 0:
-        return "tcsd starts only as root"
-    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
-    if missing:
-        return f"not installed: {', '.join(missing)} (apt-get install trousers tpm-tools)"
-    return ""
-
-
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=f"TrouSerS: {why_not()}")
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a tool ended, and what passed at tpm0 meanwhile."""
-
-    words: tuple
-    status: int
-    out: str
-    passed: tuple
-
-    def __str__(self):
-        told = "\n".join(map(str, self.passed))
-        return f"{' '.join(self.words)}: status {self.status}\n{self.out}\n{told}"
-
-    @property
-    def refusals(self):
-        """Ordinal and return code of each command that was refused."""
-        return {(p.ordinal, p.code) for p in self.passed if p.code not in {0, INVALID_AUTHHANDLE}}
-
-
-class Trousers:
-    """Tools that find the guest's TPM by tcsd."""
-
-    def __init__(self, directory, environment, recorder):
-        self.directory = directory
-        self._environment = environment
-        self._recorder = recorder
-
-    def run(self, *words, status=0):
-        """Run a tool.
-
-        Args:
-            words: Its name and arguments.
-            status: 0, or None for any.
-        """
-        self._recorder.take()
-        ended = subprocess.run(
-            words,
-            env=self._environment,
-            cwd=self.directory,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=TOOL_S,
-            check=False,
-        )
-        out = ended.stdout.decode(errors="replace")
-        said = Ended(words, ended.returncode, out, tuple(self._recorder.take()))
-        # tpm-tools report many failures with status 0 and a line that says so.
-        has_failed = ended.returncode != 0 or re.search(r"Tspi_\w+ failed", out)
-        assert status is None or not has_failed, str(said)
-        return said
-
-
-def free_port():
-    """A port for a tcsd; what else could take it meanwhile is another such test."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -118,34 +37,16 @@ def booted():
 
 @pytest.fixture(scope="module")
 def trousers(booted):
-    """A tcsd in guest1 that a recorder listens to; it is started as a person would start it."""
-    # Not below the stack's root: tcsd gives its directory to user tss.
-    directory = Path(tempfile.mkdtemp(prefix="vtpm-tcsd-"))
-    try:
-        with recorded(booted.places.domain(GUEST1).tpm0, directory / "tpm0") as recorder:
-            port = free_port()
-            # The tools are run by the tests, so the session only waits until its input ends.
-            script = directory / "session"
-            script.write_text('echo "up $TSS_TCSD_PORT"; cat\n')
-            inside = f"TCSD_UN_SOCKET_DEVICE_PATH={directory}/tpm0 exec sh {SESSION} {directory}"
-            with subprocess.Popen(
-                [*vtpm_command(), "exec", GUEST1, "--", "sh", "-c", f"{inside} {port} {script}"],
-                env=booted.environment,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            ) as session:
-                first = session.stdout.readline()
-                assert first == f"up {port}\n", (directory / "tcsd.log").read_text()
-                environment = dict(os.environ) | {"TSS_TCSD_PORT": str(port)}
-                yield Trousers(directory, environment, recorder)
-                session.stdin.close()
-                assert session.wait(TOOL_S) == 0
-    finally:
-        shutil.rmtree(directory)
+    """A tcsd in guest1 that a recorder listens to."""
+    with trousers_on(
+        booted.places.domain(GUEST1).tpm0,
+        within=[*vtpm_command(), "exec", GUEST1, "--"],
+        environment=booted.environment,
+    ) as tools:
+        yield tools
 
 
-# -- what issue and CI ask for ---------------------------------------------------------------------
+# -- the first look --------------------------------------------------------------------------------
 
 
 def test_script_inside_the_guest_needs_no_recorder(booted):

@@ -1,7 +1,7 @@
 """A relay in front of tpm0 that writes down what passes: for the report of a failed test.
 
-It takes whole commands from clients, one connection to the guest's tpm0 for each, and changes
-nothing.
+It takes whole commands from clients and changes nothing. Each client has a connection of its own to
+the TPM, or all share one in front of a TPM that serves no second.
 """
 
 from __future__ import annotations
@@ -41,8 +41,10 @@ class Passed:
 class Recorder:
     """What has passed so far."""
 
-    def __init__(self, tpm0: Path) -> None:
+    def __init__(self, tpm0: Path, shared: socket.socket | None = None) -> None:
         self._tpm0 = tpm0
+        self._shared = shared
+        self._turn = threading.Lock()
         self._passed: list[Passed] = []
 
     def take(self) -> list[Passed]:
@@ -58,13 +60,22 @@ class Recorder:
                 threading.Thread(target=self._relay, args=(client,), daemon=True).start()
 
     def _relay(self, client: socket.socket) -> None:
-        with client, socket.socket(socket.AF_UNIX) as tpm0:
-            tpm0.connect(str(self._tpm0))
+        with client, self._connected() as (tpm0, turn):
             while command := _read_whole(client):
-                tpm0.sendall(command)
-                response = _read_whole(tpm0)
+                with turn:
+                    tpm0.sendall(command)
+                    response = _read_whole(tpm0)
                 self._passed.append(Passed(command, response))
                 client.sendall(response)
+
+    @contextlib.contextmanager
+    def _connected(self) -> Iterator[tuple[socket.socket, threading.Lock]]:
+        if self._shared is not None:
+            yield self._shared, self._turn
+            return
+        with socket.socket(socket.AF_UNIX) as own:
+            own.connect(str(self._tpm0))
+            yield own, threading.Lock()
 
 
 def _read_whole(connection: socket.socket) -> bytes:
@@ -85,10 +96,21 @@ def _size_wanted(data: bytes) -> int:
 
 
 @contextlib.contextmanager
-def recorded(tpm0: Path, at: Path) -> Iterator[Recorder]:
-    """Put a recorder in front of a tpm0, with a socket of its own at `at`."""
-    recorder = Recorder(tpm0)
-    with socket.socket(socket.AF_UNIX) as listener:
+def recorded(tpm0: Path, at: Path, *, takes_one: bool = False) -> Iterator[Recorder]:
+    """Put a recorder in front of a tpm0, with a socket of its own at `at`.
+
+    Args:
+        tpm0: The TPM.
+        at: Where clients find it.
+        takes_one: It serves one connection at a time.
+    """
+    with contextlib.ExitStack() as stack:
+        shared = None
+        if takes_one:
+            shared = stack.enter_context(socket.socket(socket.AF_UNIX))
+            shared.connect(str(tpm0))
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+        recorder = Recorder(tpm0, shared)
         listener.bind(str(at))
         listener.listen()
         server = threading.Thread(target=recorder.serve, args=(listener,))
