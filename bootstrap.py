@@ -39,6 +39,7 @@ CONSTRAINTS = ROOT / "constraints.txt"
 OLDEST = (3, 11)
 NEWEST_LOOKED_FOR = 20
 
+PACKAGES = ("protocol", "tpm12", "hwtpm", "daemons")
 PIP_WHEEL = "pip-26.0.1-py3-none-any.whl"
 PIP_SHA256 = "bdb1b08f4274833d62c1aa29e20907365a2ceb950410df15fc9521bad440122b"
 PYPI = "https://pypi.org/simple"
@@ -196,6 +197,8 @@ def install_project(*, with_dev: bool) -> None:
     install = (PYTHON, "-m", "pip", "install", "--quiet", "--constraint", CONSTRAINTS)
     if not run(*install, "--editable", ".[dev]" if with_dev else "."):
         fail("cannot install the project", "pip failed as above", "connect to PyPI and try again")
+    # Else every start compiles again where Python is told not to write what it compiled.
+    run(PYTHON, "-m", "compileall", "-q", *(ROOT / package for package in PACKAGES))
 
 
 def do_what_is_missing(*, with_dev: bool) -> None:

@@ -53,6 +53,8 @@ class Folder:
         words = [str(word) for word in command]
         if "--version" in words:
             return bootstrap.PYTHON.exists() and "no pip" not in bootstrap.PYTHON.read_text()
+        if "compileall" in words:
+            return True
         if "--python" in words:
             if "own pip" not in self.fails:
                 bootstrap.PYTHON.write_text("")

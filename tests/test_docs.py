@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from daemons.cli.main import app
+from daemons.cli.app import app
 from daemons.errors import ExitCode
 from tpm12.commands import ALL
 
@@ -32,7 +32,7 @@ _PATH = re.compile(rf"(?<![\w./-])(?:{'|'.join(re.escape(top) for top in TOPS)})
 _CODE = re.compile(r"^```.*?^```|^(?: {4}|\t).*?$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
 _TEST = re.compile(r"`(test_\w+)`")
 _MEMBER = re.compile(r"`([A-Z]\w*)\.(\w+)(?:\(\))?`")
-_COMMAND = re.compile(r"(?:^|[\s`(;|])vtpm((?: --root \S+)?(?: [a-z][a-z-]+)+)")
+_COMMAND = re.compile(r"(?:^|[\s`(;|])vtpm((?: --root \S+)?(?: [a-z][a-z-]+(?![\w-]))+)")
 _FENCE = re.compile(r"^```(\w+)(?: (\w+))?\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
