@@ -198,7 +198,7 @@ def _handle(tpm: Tpm, sub_cap: bytes) -> bytes:
         case ResourceType.COUNTER:
             return _handles(tpm.permanent.counters)
         case ResourceType.DAA_TPM:
-            return _handles(())  # DAA is not served yet, so no session of it is open
+            return _handles(tpm.stany.daa_sessions)
         case _:
             raise TpmError(ReturnCode.BAD_PARAMETER)
 
@@ -373,7 +373,9 @@ _PROPERTIES: Final[dict[int, _Property]] = {
     CapabilityProperty.STARTUP_EFFECT: lambda _tpm: STARTUP_EFFECT,
     CapabilityProperty.DELEGATE_ROW: lambda tpm: tpm.world.profile.delegate_rows,
     CapabilityProperty.MAX_DAASESS: lambda tpm: tpm.world.profile.daa_sessions,
-    CapabilityProperty.DAASESS: lambda tpm: tpm.world.profile.daa_sessions,
+    CapabilityProperty.DAASESS: lambda tpm: (
+        tpm.world.profile.daa_sessions - len(tpm.stany.daa_sessions)
+    ),
     CapabilityProperty.CONTEXT_DIST: lambda tpm: tpm.world.profile.context_distance,
     CapabilityProperty.DAA_INTERRUPT: lambda _tpm: _TRUE,
     CapabilityProperty.SESSIONS: lambda tpm: _free_sessions(tpm) + _free_transport_sessions(tpm),

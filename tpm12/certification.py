@@ -84,7 +84,7 @@ AnyCertifyInfo = Annotated[
 
 @wire
 class CmkMigauth:
-    """TPM_CMK_MIGAUTH (§10.7): what binds a certified migratable key to its authorities."""
+    """TPM_CMK_MIGAUTH (§5.19): what binds a certified migratable key to its authorities."""
 
     tag: ConstU16 = StructureTag.CMK_MIGAUTH
     msa_digest: Digest

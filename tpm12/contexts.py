@@ -219,13 +219,13 @@ def load_session(
             context, whose key is found.
 
     Raises:
-        TpmError: INVALID_RESOURCE for a kind that is not served; BADCONTEXT; BAD_HANDLE when
+        TpmError: BADCONTEXT, for a kind of thing that is never saved too; BAD_HANDLE when
             `entity_handle` is no key, RESOURCEMISSING when what it was bound to is another or is
             gone; RESOURCES; BAD_HANDLE.
     """
     table = _TABLES.get(blob.resource_type)
     if table is None:
-        raise TpmError(ReturnCode.INVALID_RESOURCE, "no kind of session")
+        raise TpmError(ReturnCode.BADCONTEXT, "no TPM saves such a thing")
     sensitive = _opened(tpm, blob, is_legacy=entity_handle is None)
     _require_nonce(sensitive, tpm.stany.context_nonce_session)
     try:
@@ -269,6 +269,11 @@ def end_saved_session(tpm: Tpm, count: int) -> None:
     _take_off_list(tpm, count)
 
 
+def end_saved_bound_sessions(tpm: Tpm) -> None:
+    """End every saved OSAP and DSAP session, which is found out when one is loaded."""
+    tpm.change_stany().delegation_changes += 1
+
+
 def end_legacy(tpm: Tpm) -> None:
     """End every legacy context and no other (TPM_Reset, Part 3 §27.5)."""
     stany = tpm.change_stany()
@@ -300,7 +305,7 @@ def _bound_again(tpm: Tpm, saved: SavedSession, entity_handle: int | None) -> Se
     if session.protocol == OIAP:
         return session
     if saved.delegation_changes != tpm.stany.delegation_changes:
-        raise TpmError(ReturnCode.BADCONTEXT, "delegated sessions were ended since")
+        raise TpmError(ReturnCode.BADCONTEXT, "bound sessions were ended since")
     value = session.entity_value
     if session.entity_type == EntityType.KEYHANDLE and value != KeyHandleValue.SRK:
         value = _key_like(tpm, saved.binding) if entity_handle is None else entity_handle

@@ -9,11 +9,11 @@ from tpm12.state_codec import encode_section
 RESPONSE_BYTES_MAX = 4096
 _MAY_CHANGE = {
     "permanent": {"saved_state"},
-    "stclear": {"failed_tries", "last_failure_us"},
+    "stclear": {"failed_tries", "last_failure_us", "disable_reset_lock"},
     "stany": {"sessions", "transport_sessions", "transport_exclusive", "daa_sessions"},
     "volatile": {"sha1_thread", "sha1_thread_transport", "self_test"},
 }
-"""What a command that fails may leave changed, by section."""
+"""What a command that fails may leave changed, by section; see Part 3 §9.3 for the last lock."""
 
 
 def check_response(response):

@@ -25,6 +25,8 @@ from tpm12.commands import ALL
 from tpm12.transport import TRANSPORT_ONLY
 
 INPUT_BYTES_MAX = 4096
+SIZES = (0, 1, INPUT_BYTES_MAX, INPUT_BYTES_MAX + 1, 1 << 31, (1 << 32) - 1)
+"""What every length field is set to, where it is wide enough."""
 TAGS = (0x00C0, 0x00C1, 0x00C2, 0x00C3, 0x00C4, 0x0000, 0xFFFF, 0xC100, 0x01C1)
 RESERVED_HANDLES = (*range(0x40000000, 0x40000008), 0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
 _CONTINUES_AT = 24
@@ -114,7 +116,7 @@ def _with_headers(request):
     for tag in TAGS:
         yield f"tag {tag:#x}", u16(tag) + request[2:]
     true = len(request)
-    for size in (0, 1, 9, 10, true - 1, true + 1, 1 << 31, (1 << 32) - 1):
+    for size in sorted({*SIZES, 9, 10, true - 1, true + 1}):
         yield f"paramSize {size}", request[:2] + u32(size) + request[6:]
 
 
@@ -173,6 +175,32 @@ def _with(request, place, value):
 def resized(request):
     """The request with a paramSize that is right."""
     return request[:2] + u32(len(request)) + request[6:]
+
+
+DOOR_CUTS = 12
+"""How many truncations of one request a door is tried with, besides those inside its header."""
+
+
+def of_lengths(command, request):
+    """Each truncation of a request, and each of its length fields at each of `SIZES`."""
+    yield from (request[:size] for size in range(len(request)))
+    yield from (request[:2] + u32(size) + request[6:] for size in SIZES)
+    for place in places(command.takes, request, HEADER_BYTES)[0]:
+        if place.kind == LENGTH:
+            top = (1 << 8 * place.width) - 1
+            yield from (_with(request, place, size) for size in SIZES if size <= top)
+
+
+def at_a_door(chance):
+    """The same for one request of every ordinal, with some of the truncations that say so."""
+    for command in ALL:
+        request = made(command)
+        *cuts, last = range(HEADER_BYTES, max(len(request), HEADER_BYTES + 1))
+        for size in (*range(HEADER_BYTES), *chance.sample(cuts, min(len(cuts), DOOR_CUTS)), last):
+            yield request[:size]
+            if size >= HEADER_BYTES:
+                yield resized(request[:size])
+        yield from itertools.islice(of_lengths(command, request), len(request), None)
 
 
 COMMANDS = {command.name: command for command in ALL}

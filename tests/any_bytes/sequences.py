@@ -74,7 +74,7 @@ def run_sequence(data, states):
     bench = Bench(states[STATES[(data[0] & ~AUTHORIZED) % len(STATES)]])
     bench.engine._world = _with_primes(bench.engine._world)
     with ExitStack() as around:
-        around.enter_context(_handles_in_order())
+        around.enter_context(handles_in_order())
         if data[0] & AUTHORIZED:
             around.enter_context(all_authorized())
         codes = [_step(bench, *step) for step in steps_of(data)]
@@ -116,7 +116,7 @@ def _with_primes(world):
     return type(world)(**{**values, "key_generator": RememberedPrimes()})
 
 
-def _handles_in_order():
+def handles_in_order():
     """New handles that a sequence can know beforehand: the lowest free from 0x05000000."""
 
     def new_handle(_tpm, *taken):

@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 
 from protocol.return_codes import ReturnCode
+from protocol.wire import DecodeError
 from tests.any_bytes import lattice
 from tests.any_bytes.answers import check_outcome
 from tests.any_bytes.furnished import all_authorized
@@ -35,6 +36,15 @@ def check(bench, requests):
             error.add_note(f"{what}: {request.hex()}")
             raise
     return succeeded
+
+
+def test_lattice_has_every_length(command):
+    for base in lattice.base_requests(command):
+        try:
+            wanted = set(lattice.of_lengths(command, base))
+        except DecodeError:
+            continue
+        assert wanted <= {request for _, request in lattice.altered(command, base)}
 
 
 def test_altered_requests_get_an_answer_in_every_state(command, all_states):

@@ -11,7 +11,7 @@ from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
 from protocol.return_codes import ReturnCode
-from tests.any_bytes import lattice
+from tests.any_bytes import lattice, reaching
 from tests.any_bytes.sequences import (
     LATER,
     POWER_CYCLED,
@@ -95,6 +95,11 @@ def test_kept_case_stays_mended(all_states, path):
 
 def test_corpus_files_are_small():
     assert all(path.stat().st_size <= 2048 for path in CORPUS.glob("*.bin"))
+
+
+def test_sequences_made_for_a_command_reach_its_end(all_states):
+    for name, sequence in reaching.as_sequences(all_states["furnished"]).items():
+        assert set(run_sequence(sequence, all_states)) == {ReturnCode.SUCCESS}, name
 
 
 def test_bases_succeed_in_sequences_too(all_states):

@@ -74,7 +74,7 @@ class Serving:
 
 def _talk(device, data):
     """What one client gets that sends these bytes and no more."""
-    ours, theirs = socket.socketpair()
+    received, (ours, theirs) = b"", socket.socketpair()
     with ours:
         thread = threading.Thread(target=_serve, args=(device, theirs))
         thread.start()
@@ -82,7 +82,9 @@ def _talk(device, data):
         with contextlib.suppress(BrokenPipeError):
             ours.sendall(data)
             ours.shutdown(socket.SHUT_WR)
-        received = b"".join(iter(lambda: ours.recv(4096), b""))
+        with contextlib.suppress(ConnectionResetError):  # it was closed with bytes unread
+            while more := ours.recv(4096):
+                received += more
         thread.join(DEADLINE_S)
         assert not thread.is_alive()
     return received
@@ -105,6 +107,16 @@ def test_tpm0_answers_garbage_or_closes(owned_state, seed):
             received = received[size:]
     assert check_response(_talk(device, GET_RANDOM)) is not None
     assert serving.count > 50
+
+
+def test_tpm0_answers_every_length_or_closes(owned_state, seed):
+    serving = Serving(owned_state)
+    device = Tpm0Device(serving.exchange, lambda _line: None, lambda: None)
+    for request in lattice.at_a_door(random.Random(seed)):
+        received = _talk(device, request)
+        if received:
+            check_response(received)
+    assert check_response(_talk(device, GET_RANDOM)) == 0
 
 
 # -- ring ------------------------------------------------------------------------------------------
@@ -131,6 +143,16 @@ def test_ring_answers_any_packet_and_refuses_any_garbage(owned_state, seed):
         frontend.receive(backend.finish(response))
         with contextlib.suppress(DecodeError):
             _attached()[0].receive(garbage(chance))
+
+
+def test_ring_answers_every_length(owned_state, seed):
+    serving = Serving(owned_state)
+    backend, frontend = _attached()
+    for request in lattice.at_a_door(random.Random(seed)):
+        event = backend.receive(frontend.submit(request))
+        response = serving.exchange(event.packet)
+        check_response(response)
+        assert frontend.receive(backend.finish(response)) is not None
 
 
 # -- TIS -------------------------------------------------------------------------------------------
@@ -193,6 +215,18 @@ def test_tis_takes_random_accesses_around_commands(owned_state, seed, is_disturb
     for _ in range(300):
         answer = _through_registers(device, serving, garbage(chance), disturb)
         assert is_disturbed or answer[:1] in {b"\0", b"\xff", b""}
+    device.power_on()
+    answer = _through_registers(device, serving, GET_RANDOM, lambda: None)
+    assert answer[:2] == b"\0\xc4"
+
+
+def test_tis_answers_every_length_or_shows_nothing(owned_state, seed):
+    serving = Serving(owned_state)
+    device = TisDevice(Port(serving.bench.engine))
+    device.power_on()
+    for request in lattice.at_a_door(random.Random(seed)):
+        answer = _through_registers(device, serving, request, lambda: None)
+        assert answer[:1] in {b"\0", b"\xff", b""}
     device.power_on()
     answer = _through_registers(device, serving, GET_RANDOM, lambda: None)
     assert answer[:2] == b"\0\xc4"

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from tests.conformance.ordinals import OUTSIDE, REFUSAL, REFUSED, rows
+from tests.differential.codes import WHOLE_COMMANDS, coverage
 from tests.differential.deviations import DEVIATIONS
 
 _TEMPLATE = Path(__file__).parent / "page.md.in"
@@ -16,6 +17,11 @@ _TEMPLATE = Path(__file__).parent / "page.md.in"
 def page():
     """The whole page."""
     found = rows()
+    covered = coverage()
+    counts = {
+        part: sum(len(getattr(each, part)) for each in covered.values())
+        for part in ("agreed", "deviating", "only_ours")
+    }
     refusals = [f"| TPM_{name} | TPM_{REFUSAL} | {why} |\n" for name, why in REFUSED.items()]
     refusals += [f"| TPM_{name} | its own | {why} |\n" for name, why in OUTSIDE.items()]
     return _TEMPLATE.read_text().format(
@@ -23,19 +29,38 @@ def page():
         refused_count=len(REFUSED),
         outside_count=len(OUTSIDE),
         refusal=REFUSAL,
-        ordinals="".join(map(_ordinal, found)),
+        reached_count=sum(counts.values()),
+        reached_commands=len(covered),
+        **{f"{part}_count": count for part, count in counts.items()},
+        only_ours="".join(_only_ours(covered)),
+        ordinals="".join(_ordinal(row, covered.get(row.name)) for row in found),
         refusals="".join(refusals),
         deviations="".join(map(_deviation, DEVIATIONS)),
     )
 
 
-def _ordinal(row):
+def _only_ours(covered):
+    for name, each in covered.items():
+        by_reason = {}
+        for code, reason in each.only_ours.items():
+            by_reason.setdefault(reason, []).append(code)
+        for reason, codes in by_reason.items():
+            told = "all" if name in WHOLE_COMMANDS else ", ".join(codes)
+            yield f"| {name} | {told} | {reason} |\n"
+
+
+def _ordinal(row, covered):
     state = "done, deviating" if row.deviations else "done"
     if not row.is_done:
         state = "of the vTPM" if row.name in OUTSIDE else "refused"
     section = row.section if row.section == "Xen" else f"§{row.section}"
     same = ", ".join(row.agreed) or "-"
-    cells = (f"0x{row.ordinal:08X}", f"TPM_{row.name}", section, state, str(row.tests), same)
+    compared = "-"
+    if covered:
+        seen = len(covered.agreed) + len(covered.deviating)
+        compared = f"{seen} of {seen + len(covered.only_ours)}"
+    name = f"TPM_{row.name}"
+    cells = (f"0x{row.ordinal:08X}", name, section, state, str(row.tests), compared, same)
     return "| " + " | ".join(cells).replace("TPM_TSC_", "TSC_") + " |\n"
 
 

@@ -74,6 +74,13 @@ def handle_list(data):
     return data[:6].hex() + f" <{end - 6}>", data[end:]
 
 
+def index_list(data):
+    """Sized NV indices, which come in no order that the specification gives (Part 2 §21.1)."""
+    end = 4 + number(data[:4])
+    indices = sorted(data[at : at + 4].hex() for at in range(4, end, 4))
+    return " ".join(indices), data[end:]
+
+
 def version_info(data):
     """A sized CAP_VERSION_INFO: all but revision and maker."""
     end = 4 + number(data[:4])
@@ -160,6 +167,8 @@ def _capability(request: bytes) -> tuple[Part, ...]:
         return (sized,)
     if area in {0x07, 0x14}:
         return (handle_list,)
+    if area == 0x0D:
+        return (index_list,)
     if area == 0x10:
         return (sized_freely,)
     if area == 0x1A:

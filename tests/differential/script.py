@@ -7,8 +7,8 @@
     extend 10 61          and so on: `OPERATIONS` has them all
     # a comment
 
-A number of a key, session, counter or blob counts round (key 5 of two keys is key 1), and an
-operation on something of which there is none does nothing: so every line can be left out of a
+A number of a key, session, counter, blob and so on counts round (key 5 of two keys is key 1), and
+an operation on something of which there is none does nothing: so every line can be left out of a
 sequence without making it meaningless. Secrets are the tests' own; `wrong` is none of them.
 """
 
@@ -34,6 +34,7 @@ from tests.differential.owner_scenarios import (
     owner,
 )
 from tests.differential.sides import Side, take_ownership
+from tests.tpm12 import delegation_makers as delegate
 from tests.tpm12.makers import (
     AREA_AUTH,
     ET_COUNTER,
@@ -53,12 +54,16 @@ from tests.tpm12.makers import (
     wrap,
 )
 from tests.tpm12.nv_makers import read, read_as, read_with, write, write_as, write_with
+from tests.tpm12.transport_maker import ENCRYPT, EXCLUSIVE, LOG, MGF1, Transport
 from tests.tpm12.witness import (
     OWNER_AUTH,
     SRK,
     SRK_AUTH,
     ZERO,
+    Witness,
     number,
+    oaep,
+    parse_key,
     rsa_parms,
     selection,
     sha1,
@@ -89,6 +94,16 @@ AREAS = {"a": 0x00011101, "b": 0x00011102}
 SIGN, GET_PUB_KEY, QUOTE, FLUSH = 0x3C, 0x21, 0x16, 0xBA
 NV_DEFINE_SPACE, CREATE_COUNTER, INCREMENT, READ_COUNTER, RELEASE = 0xCC, 0xDC, 0xDD, 0xDE, 0xDF
 AUTHFAIL, AUTH2FAIL = 0x01, 0x1D
+SAVE_CONTEXT, LOAD_CONTEXT, OWNER_READ_PUBEK = 0xB8, 0xB9, 0x7D
+RT_KEY, RT_AUTH, RT_TRANS = 1, 2, 4
+LABEL = bytes(16)
+TRANSPORTS = {
+    "plain": (0, 0, 0),
+    "logged": (LOG, 0, 0),
+    "exclusive": (EXCLUSIVE, 0, 0),
+    "encrypted": (ENCRYPT, MGF1, 1),
+    "all": (ENCRYPT | LOG | EXCLUSIVE, MGF1, 1),
+}
 
 Operation = Callable[..., object]
 
@@ -101,8 +116,13 @@ class Player:
         self.tpm = side.tpm
         self.keys: list[tuple[int, bytes]] = []
         self.sessions: list = []
+        self.of_the_owner: list = []
         self.counters: list[int] = []
         self.blobs: list[bytes] = []
+        self.contexts: list[tuple[int, int, bytes]] = []
+        self.transports: list[Transport] = []
+        self.families: list[int] = []
+        self.delegations: list[tuple[int, bytes]] = []
 
     def play(self, line: str) -> None:
         """Play one line.
@@ -151,6 +171,8 @@ def osap(player, what, secret):
         entities["counter"] = (ET_COUNTER, player.counters[0])
     if what in entities:
         player.sessions.append(player.tpm.osap(*entities[what], SECRETS[secret]))
+        if what == "owner":
+            player.of_the_owner.append(player.sessions[-1])
 
 
 def info(player, nth):
@@ -183,6 +205,147 @@ def end(player, nth):
 
 def reset(player):
     player.tpm.send(0x5A)
+
+
+# -- contexts --------------------------------------------------------------------------------------
+
+
+def save_key(player, nth):
+    held = _nth(player.keys, nth)
+    if held:
+        answer = player.tpm.send(SAVE_CONTEXT, u32(held[0]) + u32(RT_KEY) + LABEL)
+        player.contexts.append((RT_KEY, held[0], answer.ok()[4:]))
+
+
+def save_session(player, nth):
+    """The owner's or nobody's: libtpms does not look whether what others are of is here."""
+    session = _nth(player.sessions, nth)
+    if session and (session.shared is None or session in player.of_the_owner):
+        answer = player.tpm.send(SAVE_CONTEXT, u32(session.handle) + u32(RT_AUTH) + LABEL)
+        player.contexts.append((RT_AUTH, session.handle, answer.ok()[4:]))
+
+
+def load_context(player, nth, keeps_handle):
+    """After what has the handle is flushed, for libtpms throws it out even if it refuses."""
+    context = _nth(player.contexts, nth)
+    if context:
+        kind, handle, blob = context
+        player.tpm.send(FLUSH, u32(handle) + u32(kind))
+        player.tpm.send(LOAD_CONTEXT, u32(0) + u8(int(keeps_handle)) + sized(blob))
+
+
+# -- transport sessions ----------------------------------------------------------------------------
+
+
+def transport(player, kind):
+    """A transport session in clear, or under a storage key (that stays if a command ends it)."""
+    through = Transport(player.tpm, *TRANSPORTS[kind])
+    if through.attributes & ENCRYPT:
+        handle, parts = _storage_key(player)
+        secret = oaep(parts.modulus, u16(0x1D) + through.secret)
+        through.open_under(handle, secret, player.tpm.oiap(KEY_AUTH).ending())
+        if not through.attributes & EXCLUSIVE:
+            player.tpm.send(FLUSH, u32(handle) + u32(RT_KEY))
+    else:
+        through.open()
+    player.transports.append(through)
+
+
+def _storage_key(player):
+    blob = wrap(player.tpm, storage()).ok()
+    return number(load(player.tpm, blob).ok()[:4]), parse_key(blob)
+
+
+def through(player, nth, word, *arguments):
+    """Another operation, each command of it through a transport session."""
+    session = _nth(player.transports, nth)
+    if session:
+        outside, player.tpm = player.tpm, Witness(session.exchange)
+        player.side.hides = bool(session.attributes & ENCRYPT)
+        try:
+            OPERATIONS[word](player, *arguments)
+        finally:
+            player.tpm, player.side.hides = outside, False
+
+
+def release_transport(player, nth, key):
+    session, held = _nth(player.transports, nth), _nth(player.keys, key)
+    if session and held:
+        session.release(held[0], player.tpm.oiap(KEY_AUTH).ending())
+
+
+def end_transport(player, nth):
+    session = _nth(player.transports, nth)
+    if session:
+        player.tpm.send(FLUSH, u32(session.handle) + u32(RT_TRANS))
+
+
+# -- delegation ------------------------------------------------------------------------------------
+
+
+def family(player, is_enabled):
+    answer = delegate.manage(player.tpm, delegate.CREATE, 0, b"F", owner(player.tpm))
+    made = number(answer.ok()[4:])
+    player.families.append(made)
+    delegate.manage(player.tpm, delegate.ENABLE, made, u8(int(is_enabled)), owner(player.tpm))
+
+
+def manage(player, nth, operation):
+    made = _nth(player.families, nth)
+    if made:
+        operations = {"on": (2, b"\1"), "off": (2, b"\0"), "lock": (3, b"\1"), "end": (4, b"")}
+        delegate.manage(player.tpm, operations[operation][0], made, operations[operation][1],
+                        owner(player.tpm))  # fmt: skip
+
+
+def delegate_owner(player, nth, permissions):
+    made = _nth(player.families, nth)
+    if made:
+        answer = delegate.create_owner(player.tpm, delegate.public(made, int(permissions, 16)))
+        player.delegations.append((delegate.ET_OWNER_BLOB, delegate.blob_of(answer)))
+
+
+def delegate_srk(player, nth, permissions):
+    made = _nth(player.families, nth)
+    if made:
+        public_part = delegate.public(made, int(permissions, 16), kind=delegate.KEY_BITS)
+        answer = delegate.create_key(player.tpm, public_part)
+        player.delegations.append((delegate.ET_KEY_BLOB, delegate.blob_of(answer)))
+
+
+def dsap(player, nth):
+    held = _nth(player.delegations, nth)
+    if held:
+        player.sessions.append(delegate.dsap(player.tpm, *held, SRK))
+
+
+def dsap_row(player, index):
+    player.sessions.append(delegate.by_row(player.tpm, int(index)))
+
+
+def load_row(player, nth, index):
+    held = _nth(player.delegations, nth)
+    if held and held[0] == delegate.ET_OWNER_BLOB:
+        delegate.load_owner(player.tpm, int(index), held[1], owner(player.tpm))
+
+
+def verify_delegation(player, nth):
+    held = _nth(player.delegations, nth)
+    if held:
+        delegate.verify(player.tpm, held[1])
+
+
+def update_delegation(player, nth):
+    held = _nth(player.delegations, nth)
+    if held:
+        answer = delegate.update(player.tpm, held[1])
+        player.delegations.append((held[0], delegate.blob_of(answer)))
+
+
+def pubek(player, nth):
+    session = _nth(player.sessions, nth)
+    if session:
+        player.tpm.auth(OWNER_READ_PUBEK, b"", session)
 
 
 # -- keys and data ---------------------------------------------------------------------------------
@@ -371,6 +534,24 @@ OPERATIONS: dict[str, Operation] = {
     "sign-under": sign_under,
     "end": end,
     "reset": reset,
+    "save-key": save_key,
+    "save-session": save_session,
+    "load-context": load_context,
+    "transport": transport,
+    "through": through,
+    "release-transport": release_transport,
+    "end-transport": end_transport,
+    "family": family,
+    "manage": manage,
+    "delegate-owner": delegate_owner,
+    "delegate-srk": delegate_srk,
+    "dsap": dsap,
+    "dsap-row": dsap_row,
+    "load-row": load_row,
+    "verify-delegation": verify_delegation,
+    "update-delegation": update_delegation,
+    "table": _plain(delegate.READ_TABLE),
+    "pubek": pubek,
     "make": make,
     "reload": reload,
     "sign": sign,

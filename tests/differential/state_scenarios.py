@@ -5,14 +5,16 @@ first checks: before start-up, disabled, deactivated, without an owner, with one
 """
 
 from protocol.constants import Ordinal
+from tests.tpm12.makers import WRONG
 from tests.tpm12.test_ordinals import TABLE, body_for
-from tests.tpm12.witness import COMMAND, OWNER_AUTH, frame, u8, u16
+from tests.tpm12.witness import COMMAND, OWNER_AUTH, Witness, frame, u8, u16
 from tpm12.commands import ALL
 
 PHYSICAL_PRESENCE, OWNER_SET_DISABLE, SET_TEMP_DEACTIVATED = 0x4000000A, 0x6E, 0x73
 PHYSICAL_DISABLE, PHYSICAL_ENABLE = 0x70, 0x6F
+GET_CAPABILITY_OWNER, DEFEND_LOCK_RUNNING = 0x66, 0x803
 CHANGES_THE_STATE = {
-    # What succeeds here, or ends the state that is looked at.
+    # What succeeds here, or ends the state that is looked at: these come last.
     Ordinal.STARTUP,
     Ordinal.PHYSICAL_ENABLE,
     Ordinal.PHYSICAL_DISABLE,
@@ -28,16 +30,17 @@ CHANGES_THE_STATE = {
 COMMANDS = {declared.ordinal: declared for declared in ALL}
 
 
-def every_ordinal(side):
+def every_ordinal(side, send=None):
     """Each ordinal with each number of sessions, all unknown; those without operands too."""
-    for ordinal, row in TABLE.items():
-        if row["section"] == "Xen" or ordinal in CHANGES_THE_STATE:
+    send = send or side.tpm.raw
+    for ordinal in sorted(TABLE, key=lambda ordinal: (ordinal in CHANGES_THE_STATE, ordinal)):
+        row = TABLE[ordinal]
+        if row["section"] == "Xen":
             continue
         declared = COMMANDS.get(ordinal)
         body = body_for(declared) if declared else b""
         for count in range(3):
-            request = frame(ordinal, body + bytes(45 * count), COMMAND + count)
-            side.tpm.raw(request)
+            send(frame(ordinal, body + bytes(45 * count), COMMAND + count))
             side.note(f"{row['name']} {count}")
 
 
@@ -72,11 +75,44 @@ def started_deactivated(side):
     every_ordinal(side)
 
 
+def failed(side):
+    """A resume of what was never saved is failure mode (Part 3 §3.2, action 4)."""
+    side.power_on()
+    side.note("resume nothing", side.tpm.send(Ordinal.STARTUP, u16(2)))
+    every_ordinal(side)
+
+
+def locked_out(side):
+    """While the defence against guessing is on.
+
+    On swtpm that is a matter of seconds: what was asked when it had just ended is asked again. It
+    lasts twice as long each time.
+    """
+    aside = Witness(side.exchange_unseen)
+
+    def is_locked():
+        answer = aside.auth(GET_CAPABILITY_OWNER, b"", aside.oiap(WRONG))
+        aside.send(Ordinal.RESET)
+        return answer.code == DEFEND_LOCK_RUNNING
+
+    def send(request):
+        seen = len(side.seen)
+        while True:
+            while not is_locked():
+                pass
+            side.tpm.raw(request)
+            if is_locked():
+                return
+            del side.seen[seen:]
+
+    every_ordinal(side, send)
+
+
 def shapes(side):
     """Each ordinal cut short, one byte too long, and without its sessions' bytes."""
     for ordinal, row in TABLE.items():
         declared = COMMANDS.get(ordinal)
-        if declared is None or ordinal in CHANGES_THE_STATE:
+        if declared is None:
             continue
         body = body_for(declared)
         count = max(declared.sessions_by_count)
@@ -113,6 +149,8 @@ SCENARIOS = {
     "disabled": ("owned", disabled),
     "deactivated": ("owned", deactivated),
     "started deactivated": ("owned", started_deactivated),
+    "failed": ("owned", failed),
+    "locked out": ("owned", locked_out),
     "shapes": ("owned", shapes),
     "frames": ("owned", frames),
 }

@@ -2,15 +2,19 @@
 
 Hypothesis draws the lines of a script (`script.py`). Where the two TPMs part, the script is made as
 short as it gets and shown; `python -m tests.differential.replay FILE` plays it again. The budget is
-in seconds (DIFFERENTIAL_BUDGET_S, 45 when not given), and `--seed N` draws other sequences.
+in seconds (DIFFERENTIAL_BUDGET_S, 45 when not given), and `--seed N` draws other sequences. What is
+drawn depends on the seed alone, never on the budget: a longer run begins with the shorter one.
 """
 
+import itertools
 import os
+import random
 import time
 from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
+from hypothesis import seed as seeded
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
@@ -18,7 +22,7 @@ from protocol.return_codes import ReturnCode
 from tests.differential.deviations import ALLOW_MAINTENANCE
 from tests.differential.other_tpm import needs_swtpm, other_tpm
 from tests.differential.replay import play, played, shortened, unexplained
-from tests.differential.script import AREAS, OPERATIONS, SECRETS, TEMPLATES, Player
+from tests.differential.script import AREAS, OPERATIONS, SECRETS, TEMPLATES, TRANSPORTS, Player
 from tests.differential.sides import Theirs, ours, their_image
 from tests.differential.test_differential import wrong_engine
 from tpm12.commands import ALL
@@ -27,6 +31,8 @@ pytestmark = [pytest.mark.slow, needs_swtpm]
 
 BUDGET_S = float(os.environ.get("DIFFERENTIAL_BUDGET_S", "45"))
 SHORTEN_S = 30
+ROUND = 20
+"""Sequences drawn from one seed; the next ones are drawn from the next."""
 ATTRIBUTES = (
     "1", "2", "4", "20002", "40004", "1001", "2001", "4001", "8001", "80000001", "10001", "40001",
     "20001", "80040004", "6", "0",
@@ -57,6 +63,40 @@ SESSIONS = st.one_of(
     line("sign-under", SMALL, SMALL, SIZES),
     line("end", SMALL),
     line("reset"),
+)
+CONTEXTS = st.one_of(
+    line("save-key", SMALL),
+    line("save-session", SMALL),
+    line("load-context", SMALL, st.sampled_from((0, 1))),
+)
+WRAPPED = st.one_of(
+    line("pcr", LEGAL_PCRS), line("extend", LEGAL_PCRS, st.just("a")), line("oiap", ANY_SECRET),
+    line("info", SMALL), line("make", st.just("signing")), line("sign", SMALL, st.just(20)),
+    line("reload", SMALL), line("flush", SMALL), line("counter-read", SMALL), line("table"),
+    line("read", READERS, *IN_AREA), line("write", WRITERS, *IN_AREA), line("reset"),
+    line("save-key", SMALL), line("load-context", SMALL, st.just(1)),
+    line("clear", st.just("owner")),
+)  # fmt: skip
+TRANSPORT = st.one_of(
+    line("transport", st.sampled_from(tuple(TRANSPORTS))),
+    line("through", SMALL, WRAPPED),
+    line("through", SMALL, WRAPPED),
+    line("release-transport", SMALL, SMALL),
+    line("end-transport", SMALL),
+)
+PERMISSIONS = st.sampled_from(("0", "ffffffff", "1fffffff", "80000000", "4000", "40000"))
+DELEGATION = st.one_of(
+    line("family", st.sampled_from((0, 1, 1))),
+    line("manage", SMALL, st.sampled_from(("on", "off", "lock", "end"))),
+    line("delegate-owner", SMALL, PERMISSIONS),
+    line("delegate-srk", SMALL, PERMISSIONS),
+    line("dsap", SMALL),
+    line("dsap-row", st.sampled_from((0, 1, 9))),
+    line("load-row", SMALL, st.sampled_from((0, 1))),
+    line("verify-delegation", SMALL),
+    line("update-delegation", SMALL),
+    line("table"),
+    line("pubek", SMALL),
 )
 KEYS = st.one_of(
     line("make", st.sampled_from(tuple(TEMPLATES))),
@@ -155,6 +195,9 @@ class Sequences(RuleBasedStateMachine):
             self.context.__exit__(None, None, None)
 
     # Each as often as another, whatever the number of its operations.
+    contexts = rule(text=CONTEXTS)(lambda self, text: self.play(text))
+    transport = rule(text=TRANSPORT)(lambda self, text: self.play(text))
+    delegation = rule(text=DELEGATION)(lambda self, text: self.play(text))
     sessions = rule(text=SESSIONS)(lambda self, text: self.play(text))
     keys = rule(text=KEYS)(lambda self, text: self.play(text))
     pcrs = rule(text=PLATFORM_CONFIGURATION)(lambda self, text: self.play(text))
@@ -162,29 +205,40 @@ class Sequences(RuleBasedStateMachine):
     ownership = rule(text=OWNERSHIP)(lambda self, text: self.play(text))
 
 
-def search(budget_s, commands=ALL):
+def search(budget_s, first_seed, commands=ALL):
     """Draw sequences until two TPMs part or the budget is spent; the class, which knows."""
     machine = type(
         "Sequences",
         (Sequences,),
         {"deadline": time.monotonic() + budget_s, "commands": commands},
     )
+    how = settings(
+        max_examples=ROUND,
+        stateful_step_count=40,
+        phases=[Phase.generate],  # made shorter below, with a budget
+        suppress_health_check=list(HealthCheck),
+        report_multiple_bugs=False,
+        print_blob=False,
+        database=None,
+    )
     try:
-        run_state_machine_as_test(
-            machine,
-            settings=settings(
-                max_examples=max(20, int(budget_s * 4)),
-                stateful_step_count=40,
-                phases=[Phase.generate],  # made shorter below, with a budget
-                suppress_health_check=list(HealthCheck),
-                report_multiple_bugs=False,
-                print_blob=False,
-            ),
-        )
+        for number in itertools.count(first_seed):
+            run_state_machine_as_test(seeded(number)(machine), settings=how)
+            if time.monotonic() > machine.deadline:
+                break
     except AssertionError:
         if machine.failure is None:
             raise
     return machine
+
+
+@pytest.fixture
+def first_seed(pytestconfig):
+    """Of `--seed N`; in CI always the same, elsewhere always another."""
+    chosen = pytestconfig.getoption("seed")
+    if chosen is None and settings().derandomize:
+        chosen = 0
+    return random.SystemRandom().getrandbits(32) if chosen is None else chosen * ROUND
 
 
 def shortest(lines, commands=ALL):
@@ -195,9 +249,9 @@ def shortest(lines, commands=ALL):
     )
 
 
-@pytest.mark.timeout(300)
-def test_generated_sequences_are_answered_the_same():
-    machine = search(BUDGET_S)
+@pytest.mark.timeout(300 + 2 * BUDGET_S)
+def test_generated_sequences_are_answered_the_same(first_seed):
+    machine = search(BUDGET_S, first_seed)
     if machine.failure:
         lines = shortest(machine.failure[0])
         script = "\n".join(lines)
@@ -206,9 +260,9 @@ def test_generated_sequences_are_answered_the_same():
     assert machine.lines_played > 0
 
 
-def test_a_wrong_engine_is_found_and_its_script_is_short():
+def test_a_wrong_engine_is_found_and_its_script_is_short(first_seed):
     wrong = wrong_engine("Extend", {ReturnCode.BADINDEX: ReturnCode.BAD_PARAMETER})
-    machine = search(BUDGET_S, wrong)
+    machine = search(BUDGET_S, first_seed, wrong)
     assert machine.failure, "nothing was found in the time there is"
     lines = shortest(machine.failure[0], wrong)
     assert len(lines) == 2

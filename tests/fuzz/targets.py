@@ -20,7 +20,7 @@ from protocol import manager_messages, tis_messages
 from protocol.tpmif import BackendKeys, BackendRing, FrontendReady, FrontendRing
 from protocol.wire import DecodeError, encode
 from protocol.xenbus import XenbusState
-from tests.any_bytes import lattice
+from tests.any_bytes import lattice, reaching
 from tests.any_bytes.conftest import states
 from tests.any_bytes.sequences import REPAIRED, STATES, as_bytes, run_sequence
 from tests.fakes.faulty_disk import FaultyDisk
@@ -46,6 +46,7 @@ def engine_seeds():
             yield as_bytes("furnished", [(REPAIRED, request)], is_authorized=True)
             for state in STATES[:4]:
                 yield as_bytes(state, [(REPAIRED, request)], is_authorized=True)
+    yield from reaching.as_sequences(_all_states()["furnished"]).values()
     for state in STATES:
         steps = [(REPAIRED, lattice.made(c)) for c in list(lattice.COMMANDS.values())[:4]]
         yield as_bytes(state, steps, is_authorized=False)

@@ -20,6 +20,7 @@ from protocol.structures import (
     RsaKeyParms,
 )
 from protocol.wire import encode
+from tests.conformance.reached import checker, counts, watched
 from tests.tpm12.witness import OWNER_AUTH, SRK_AUTH, ZERO, Witness, sha1, u16
 from tpm12.commands import ALL
 from tpm12.crypto import RsaKeyGenerator, new_rsa_key
@@ -169,6 +170,18 @@ def nv_area(index, attributes):
         data_size=4,
     )
     return NvArea(public=public, auth_value=ZERO, data=b"data")
+
+
+@pytest.fixture(autouse=True)
+def return_codes_are_recorded(request):
+    """Which codes each command gives is known, so that all of them are compared with swtpm's."""
+    pairs = set()
+    with watched(lambda name, code: pairs.add((name, code))):
+        yield
+    if counts(request.node):
+        judge = checker(request.config)
+        for name, code in sorted(pairs):
+            judge.check(request.node, name, code)
 
 
 @pytest.fixture(scope="session")

@@ -37,7 +37,7 @@ from protocol.wire import (
     encode,
     wire,
 )
-from tpm12 import certification, entities, keys, wrapping
+from tpm12 import certification, contexts, entities, key_use, keys, wrapping
 from tpm12.authorization import (
     OIAP_ONLY,
     WITH_SHARED_SECRET,
@@ -137,7 +137,8 @@ class ChangeAuthOwnerIn:
 def change_auth_owner(tpm: Tpm, cmd: ChangeAuthOwnerIn, auth: Authorized) -> None:
     """Change the secret of the owner or of the SRK; not delegatable.
 
-    Every OSAP and DSAP session of the owner ends; those of the SRK end when its secret changes.
+    Every OSAP and DSAP session of the owner ends; those of the SRK end when its secret changes. Of
+    the saved ones all end, whoever they are of, as is permitted.
 
     Raises:
         TpmError: BAD_PARAMETER for another protocolID; WRONG_ENTITYTYPE.
@@ -160,6 +161,7 @@ def change_auth_owner(tpm: Tpm, cmd: ChangeAuthOwnerIn, auth: Authorized) -> Non
         for handle, session in tpm.stany.sessions.items()
         if session.entity_type not in _OWNER_SESSIONS and session.entity_digest != ended_digest
     }
+    contexts.end_saved_bound_sessions(tpm)
 
 
 def _with_usage_auth(key: LoadedKey, usage_auth: bytes) -> LoadedKey:
@@ -321,13 +323,10 @@ def change_auth_asym_finish(
 
 def _authorize_parent(handle: int, parent: LoadedKey, auth: Authorized) -> None:
     """Check the parent's session; for the SRK it is the owner's ("Description" of §27.4.2)."""
-    if not auth.has("parent"):
-        if parent.auth_data_usage != AuthDataUsage.NEVER:
-            raise TpmError(ReturnCode.AUTHFAIL, "this key needs an authorization session")
-    elif handle == KeyHandleValue.SRK:
+    if handle == KeyHandleValue.SRK and auth.has("parent"):
         auth.verify_owner("parent")
     else:
-        auth.verify("parent", parent.usage_hmac, key_entity(parent))
+        key_use.authorize(auth, "parent", parent)
 
 
 def _new_secret(ephemeral: LoadedKey, enc_new_auth: bytes) -> ChangeauthValidate:

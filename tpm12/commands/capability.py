@@ -214,12 +214,10 @@ def set_capability(tpm: Tpm, cmd: SetCapabilityIn, auth: Authorized) -> None:
     """Set one flag or value; a value that it has already costs nothing.
 
     Raises:
-        TpmError: AUTHFAIL; BAD_MODE for an unknown area; BAD_PARAMETER for what may not be set,
-            or not to this; BAD_LOCALITY; BAD_PRESENCE; DISABLED, DEACTIVATED; OWNER_SET.
+        TpmError: AUTHFAIL; BAD_PARAMETER for what may not be set, or not to this; BAD_LOCALITY;
+            BAD_PRESENCE; DISABLED, DEACTIVATED; OWNER_SET.
     """
-    area = _SETTABLE.get(cmd.cap_area)
-    if area is None:
-        raise TpmError(ReturnCode.BAD_MODE)
+    area = _SETTABLE.get(cmd.cap_area, {})
     settable = area.get(int.from_bytes(cmd.sub_cap, "big")) if len(cmd.sub_cap) == 4 else None
     if settable is None:
         raise TpmError(ReturnCode.BAD_PARAMETER, "not to be set")

@@ -87,7 +87,7 @@ def load_context(tpm: Tpm, cmd: LoadContextIn, _auth: Authorized) -> LoadContext
     """Load what was saved; what is loaded stays, whatever comes of it.
 
     Raises:
-        TpmError: INVALID_RESOURCE; BADCONTEXT for a context of another TPM, owner or start-up, or
+        TpmError: BADCONTEXT for a context of another TPM, owner or start-up, or
             of a session that came back before; BAD_HANDLE, RESOURCEMISSING when a session's entity
             is not here; NOSPACE, RESOURCES; BAD_HANDLE when the handle must be kept and is taken.
     """

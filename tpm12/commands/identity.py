@@ -33,11 +33,11 @@ from protocol.structures import (
     SymmetricKey,
 )
 from protocol.wire import U32, Bool, Digest, EncAuth, Handle, Nonce, Sized, decode, encode, wire
-from tpm12 import keys, pcrs, wrapping
+from tpm12 import key_use, keys, pcrs, wrapping
 from tpm12.authorization import (
     WITH_SHARED_SECRET,
     Authorized,
-    key_entity,
+    check_key_use,
 )
 from tpm12.clearing import renew_daa_secrets, revoke_trust
 from tpm12.crypto import DecryptionError, is_same, sha1
@@ -345,10 +345,7 @@ def make_identity(tpm: Tpm, cmd: MakeIdentityIn, auth: Authorized) -> MakeIdenti
     wrapping.check_properties(tpm, cmd.id_key_params)
     auth.verify_owner("identity_owner")
     srk = tpm.key(KeyHandleValue.SRK)
-    if auth.has("srk"):
-        auth.verify("srk", srk.usage_hmac, key_entity(srk))
-    elif srk.auth_data_usage != AuthDataUsage.NEVER:
-        raise TpmError(ReturnCode.AUTHFAIL, "the SRK needs an authorization session")
+    key_use.authorize(auth, "srk", srk)
     params = cmd.id_key_params
     if params.key_usage != KeyUsage.IDENTITY or params.key_flags & KeyFlags.MIGRATABLE:
         raise TpmError(ReturnCode.INVALID_KEYUSAGE)
@@ -386,18 +383,22 @@ class ActivateIdentityOut:
     takes=ActivateIdentityIn,
     gives=ActivateIdentityOut,
     gates=_OWNED,
+    # The owner's is checked first; the key's, which the handler checks, comes first in the request.
     # The first block failing is AUTHFAIL, the second AUTH2FAIL; libtpms has them swapped.
-    sessions=(AuthBy("id_key_handle", may_drop=1), AuthBy("owner")),
+    sessions=(AuthBy("identity", may_drop=1), AuthBy("owner")),
 )
 def activate_identity(tpm: Tpm, cmd: ActivateIdentityIn, auth: Authorized) -> ActivateIdentityOut:
     """Decrypt what a CA encrypted to this TPM's EK, if it names this identity key.
 
     Raises:
-        TpmError: BAD_PARAMETER for a key that is no identity key, or not the named one;
-            DECRYPT_ERROR; BAD_TYPE; WRONGPCRVAL, BAD_LOCALITY when the CA asked for that.
+        TpmError: INVALID_KEYHANDLE; WRONGPCRVAL, BAD_LOCALITY for the key; AUTHFAIL; BAD_PARAMETER
+            for a key that is no identity key, or not the named one; DECRYPT_ERROR; BAD_TYPE;
+            WRONGPCRVAL, BAD_LOCALITY when the CA asked for that.
         DecodeError: The plaintext is malformed.
     """
-    key = auth.key("id_key_handle")
+    key = tpm.key(cmd.id_key_handle)
+    check_key_use(tpm, key, reads_only=False)
+    key_use.authorize(auth, "identity", key)
     if key.usage != KeyUsage.IDENTITY:
         raise TpmError(ReturnCode.BAD_PARAMETER, "no identity key")
     try:

@@ -16,8 +16,14 @@ from protocol.constants import (
 from protocol.return_codes import ReturnCode, TpmError
 from protocol.structures import AnyKey, AnyStoredData, BoundData, Pubkey, StoredData12
 from protocol.wire import U32, EncAuth, Handle, SecretSized, Sized, decode, wire
-from tpm12 import sealing, wrapping
-from tpm12.authorization import OIAP, OIAP_ONLY, WITH_SHARED_SECRET, Authorized
+from tpm12 import key_use, sealing, wrapping
+from tpm12.authorization import (
+    OIAP,
+    OIAP_ONLY,
+    WITH_SHARED_SECRET,
+    Authorized,
+    check_key_use,
+)
 from tpm12.crypto import DecryptionError, hmac_key
 from tpm12.dispatch import AuthBy, Gate, command
 from tpm12.keys import LoadedKey
@@ -175,22 +181,26 @@ class UnBindOut:
     takes=UnBindIn,
     gives=UnBindOut,
     gates=_GATES,
-    sessions=(AuthBy("key_handle", may_drop=1),),
+    # Checked by the handler: whether there are data comes before who asks.
+    sessions=(AuthBy("key", may_drop=1),),
 )
-def un_bind(_tpm: Tpm, cmd: UnBindIn, auth: Authorized) -> UnBindOut:
+def un_bind(tpm: Tpm, cmd: UnBindIn, auth: Authorized) -> UnBindOut:
     """Decrypt what was encrypted to a key outside the TPM.
 
     Bad PKCS#1 v1.5 padding gives no DECRYPT_ERROR but, as if it had been good, bytes that depend on
     key and ciphertext only: the code would be the oracle of Bleichenbacher's attack.
 
     Raises:
-        TpmError: BAD_PARAMETER for no data; INVALID_KEYUSAGE; DECRYPT_ERROR; INVALID_STRUCTURE for
-            another payload than TPM_PT_BIND.
+        TpmError: BAD_PARAMETER for no data; INVALID_KEYHANDLE; WRONGPCRVAL, BAD_LOCALITY for the
+            key; AUTHFAIL; INVALID_KEYUSAGE; DECRYPT_ERROR; INVALID_STRUCTURE for another payload
+            than TPM_PT_BIND.
         DecodeError: BAD_VERSION or BAD_PARAM_SIZE when the plaintext is no TPM_BOUND_DATA.
     """
     if not cmd.in_data:
         raise TpmError(ReturnCode.BAD_PARAMETER)
-    key = auth.key("key_handle")
+    key = tpm.key(cmd.key_handle)
+    check_key_use(tpm, key, reads_only=False)
+    key_use.authorize(auth, "key", key)
     if key.usage not in {KeyUsage.BIND, KeyUsage.LEGACY}:
         raise TpmError(ReturnCode.INVALID_KEYUSAGE)
     is_oaep = key.enc_scheme == EncScheme.RSAESOAEP_SHA1_MGF1

@@ -13,7 +13,6 @@ from protocol.constants import (
     DIGEST_BYTES,
     HEADER_BYTES,
     ZERO_DIGEST,
-    AuthDataUsage,
     EncScheme,
     KeyHandleValue,
     KeyUsage,
@@ -23,11 +22,11 @@ from protocol.constants import (
 from protocol.return_codes import ReturnCode, TpmError
 from protocol.structures import CurrentTicks, SignInfo, TransportAuth, TransportPublic
 from protocol.wire import U32, U64, Handle, Nonce, Sized, decode, encode, wire
-from tpm12 import transport
-from tpm12.authorization import Authorized, check_key_use, key_entity
+from tpm12 import key_use, transport
+from tpm12.authorization import Authorized, check_key_use
 from tpm12.crypto import DecryptionError, sha1
 from tpm12.dispatch import AuthBy, Gate, command
-from tpm12.keys import SHA1_SIGNATURES, LoadedKey
+from tpm12.keys import SHA1_SIGNATURES
 from tpm12.state import TransportSession
 from tpm12.ticks import current_ticks
 from tpm12.tpm import Tpm, Wrapping
@@ -45,13 +44,6 @@ _EXECUTE_OVERHEAD_BYTES: Final = HEADER_BYTES + 8 + 4 + 4 + AUTH_RESPONSE_BYTES
 
 def _u32(number: int) -> bytes:
     return number.to_bytes(4, "big")
-
-
-def _authorize_key(key: LoadedKey, auth: Authorized) -> None:
-    if auth.has(_KEY):
-        auth.verify(_KEY, key.usage_hmac, key_entity(key))
-    elif key.auth_data_usage != AuthDataUsage.NEVER:
-        raise TpmError(ReturnCode.AUTHFAIL, "this key needs an authorization session")
 
 
 # -- §24.1 -----------------------------------------------------------------------------------------
@@ -140,7 +132,7 @@ def _decrypted_secret(tpm: Tpm, cmd: EstablishTransportIn, auth: Authorized) -> 
     check_key_use(tpm, key, reads_only=False)
     if key.usage not in _ENCRYPTING_USAGES:
         raise TpmError(ReturnCode.INVALID_KEYUSAGE)
-    _authorize_key(key, auth)
+    key_use.authorize(auth, _KEY, key)
     is_oaep = key.enc_scheme == EncScheme.RSAESOAEP_SHA1_MGF1
     decrypt = key.rsa.decrypt_oaep if is_oaep else key.rsa.decrypt_pkcs1v15
     try:
@@ -289,7 +281,7 @@ def release_transport_signed(
         raise TpmError(ReturnCode.INAPPROPRIATE_SIG)
     if key.usage != KeyUsage.SIGNING:
         raise TpmError(ReturnCode.INVALID_KEYUSAGE)
-    _authorize_key(key, auth)
+    key_use.authorize(auth, _KEY, key)
     auth.verify_transport(auth.in_param_digest, ReturnCode.AUTH2FAIL)
     if not session.attributes & TransportAttribute.LOG:
         raise TpmError(ReturnCode.BAD_MODE)

@@ -578,9 +578,9 @@ def test_nothing_else_may_be_set_even_by_the_owner(owned, area, settable):
 
 
 @pytest.mark.parametrize("area", [0, 8, 0xFFFFFFFF])
-def test_set_capability_of_an_unknown_area_is_bad_mode(owned, area):
-    assert put(owned, area, 1, TRUE) == ReturnCode.BAD_MODE
-    assert put_as_owner(owned, area, 1, TRUE) == ReturnCode.BAD_MODE
+def test_set_capability_of_an_unknown_area_is_bad_parameter(owned, area):
+    assert put(owned, area, 1, TRUE) == ReturnCode.BAD_PARAMETER
+    assert put_as_owner(owned, area, 1, TRUE) == ReturnCode.BAD_PARAMETER
     assert put_as_owner(owned, area, 1, TRUE, ZERO) == ReturnCode.AUTHFAIL
 
 

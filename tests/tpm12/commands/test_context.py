@@ -184,7 +184,7 @@ def test_context_of_another_owner_or_tpm_is_badcontext(owned, signer):
         (lambda blob: blob + b"\0", ReturnCode.BAD_PARAM_SIZE),
         (lambda _: b"", ReturnCode.BAD_PARAM_SIZE),
         (lambda blob: u16(2) + blob[2:], ReturnCode.INVALID_STRUCTURE),
-        (lambda blob: blob[:2] + u32(3) + blob[6:], ReturnCode.INVALID_RESOURCE),
+        (lambda blob: blob[:2] + u32(3) + blob[6:], ReturnCode.BADCONTEXT),
         (lambda blob: blob[:2] + u32(AUTH) + blob[6:], ReturnCode.BADCONTEXT),
         (lambda blob: blob[: IV_AT - 4] + sized(b"") + blob[IV_AT + 16 :], ReturnCode.BADCONTEXT),
         (lambda blob: blob[: IV_AT + 16] + sized(b""), ReturnCode.BADCONTEXT),
@@ -467,7 +467,7 @@ def test_session_of_the_srk_ends_with_its_secret(owned):
     blob = saved(tpm, session.handle, AUTH)
     osap = owner_osap(tpm)
     tpm.auth(CHANGE_AUTH_OWNER, u16(4) + osap.masked(KEY_AUTH) + u16(ET_SRK), osap).ok()
-    assert load(tpm, blob, SRK).code == ReturnCode.RESOURCEMISSING
+    assert load(tpm, blob, SRK).code == ReturnCode.BADCONTEXT
 
 
 def test_session_of_the_owner_ends_with_its_secret(owned):
@@ -478,7 +478,27 @@ def test_session_of_the_owner_ends_with_its_secret(owned):
     owner_pubek(tpm, first).ok()
     osap = owner_osap(tpm)
     tpm.auth(CHANGE_AUTH_OWNER, u16(4) + osap.masked(KEY_AUTH) + u16(ET_OWNER), osap).ok()
-    assert load(tpm, blobs[1]).code == ReturnCode.RESOURCEMISSING
+    assert load(tpm, blobs[1]).code == ReturnCode.BADCONTEXT
+
+
+@pytest.mark.parametrize("what", [ET_OWNER, ET_SRK])
+def test_saved_session_of_the_owner_ends_with_either_secret_and_for_good(owned, what):
+    """Part 3 §17.2, action 8: active or saved; also when the old secret comes back."""
+    tpm = owned.tpm
+    blob = saved(tpm, owner_osap(tpm).handle, AUTH)
+    secret = {ET_OWNER: OWNER_AUTH, ET_SRK: SRK_AUTH}[what]
+    for current, new in ((OWNER_AUTH, KEY_AUTH), (KEY_AUTH, secret)):
+        osap = owner_osap(tpm, current if what == ET_OWNER else OWNER_AUTH)
+        tpm.auth(CHANGE_AUTH_OWNER, u16(4) + osap.masked(new) + u16(what), osap).ok()
+        assert load(tpm, blob).code == ReturnCode.BADCONTEXT
+
+
+def test_saved_legacy_session_of_the_owner_ends_with_the_srks_secret(owned):
+    tpm = owned.tpm
+    blob = tpm.send(SAVE_AUTH, u32(owner_osap(tpm).handle)).ok()
+    osap = owner_osap(tpm)
+    tpm.auth(CHANGE_AUTH_OWNER, u16(4) + osap.masked(KEY_AUTH) + u16(ET_SRK), osap).ok()
+    assert tpm.send(LOAD_AUTH, blob).code == ReturnCode.BADCONTEXT
 
 
 def test_session_of_an_area_needs_that_area(owned):

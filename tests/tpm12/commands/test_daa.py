@@ -19,6 +19,8 @@ from tpm12.state import StAny
 from tpm12.state_codec import decode_section, encode_section
 
 FLUSH, OWNER_CLEAR = 0xBA, 0x5B
+DAASESS = 0x11A
+"""TPM_CAP_PROPERTY: how many more DAA sessions there may be."""
 DAA = int(ResourceType.DAA_TPM)
 MESSAGE = sha1(b"message")
 LAST = {JOIN: 24, SIGN: 15}
@@ -637,3 +639,12 @@ def test_output_has_its_size(at):
     out = platform.ask(16, MESSAGE).ok()
     assert out == sized(out[4:])
     assert len(out) == 24
+
+
+def test_open_sessions_are_told(owned):
+    """TPM_CAP_HANDLE of TPM_RT_DAA_TPM, and TPM_CAP_PROP_DAASESS: how many more there may be."""
+    free = owned.tpm.capability(5, u32(DAASESS))
+    platform = Platform(owned.tpm, JOIN)
+    platform.stage(u32(1))
+    assert owned.tpm.capability(0x14, u32(DAA)) == u16(1) + u32(platform.handle)
+    assert owned.tpm.capability(5, u32(DAASESS)) == u32(int.from_bytes(free, "big") - 1)

@@ -169,7 +169,7 @@ def test_every_command_with_key_authorization_has_its_permission():
         declared.name
         for declared in ALL
         for by in declared.sessions
-        if by.over.endswith("handle") or by.over in ("parent", "srk", "key")
+        if by.over.endswith("handle") or by.over in ("parent", "srk", "key", "identity")
     }
     assert by_key_session == set(KEY_BITS_OF.values())
 

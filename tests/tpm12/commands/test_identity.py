@@ -551,6 +551,8 @@ def test_activate_identity_block_order(activation):
     tpm, blob = activation.tpm, activation.of_1_1()
     assert activation.activate(blob, key=tpm.oiap(ZERO)).code == ReturnCode.AUTHFAIL
     assert activation.activate(blob, owner=tpm.oiap(ZERO)).code == ReturnCode.AUTH2FAIL
+    wrong = {"key": tpm.oiap(ZERO), "owner": tpm.oiap(ZERO)}
+    assert activation.activate(blob, **wrong).code == ReturnCode.AUTH2FAIL, "the owner comes first"
     assert activation.activate(blob, key=unknown()).code == ReturnCode.INVALID_AUTHHANDLE
     assert activation.activate(blob, owner=unknown()).code == ReturnCode.INVALID_AUTHHANDLE
     assert activation.activate(blob, without_key=True).code == ReturnCode.AUTHFAIL
@@ -568,6 +570,8 @@ def test_activate_identity_with_the_srk_is_bad_parameter(activation):
 def test_activate_identity_with_an_unknown_handle_is_invalid_keyhandle(activation):
     activation.handle = 0x99
     assert activation.activate(activation.of_1_1()).code == ReturnCode.INVALID_KEYHANDLE
+    answer = activation.activate(activation.of_1_1(), owner=unknown())
+    assert answer.code == ReturnCode.INVALID_AUTHHANDLE, "the owner comes first"
 
 
 def test_masking_formula_is_the_specifications(owned):
