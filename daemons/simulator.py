@@ -39,7 +39,7 @@ from tpm12.profile import CHIP, Profile
 from tpm12.state import Permanent
 
 PROGRAM: Final = "vtpm simulator"
-SEEDED: Final = dataclasses.replace(CHIP, manufacturer=b"SEED")
+SEEDED: Final = dataclasses.replace(CHIP, manufacturer=b"SEED", is_repeatable=True)
 """A TPM whose secrets anyone can compute again says so to whoever asks for its maker."""
 _MEMORY: Final = "tpm.nv"
 _STARTUP: Final = Ordinal.STARTUP.to_bytes(4, "big")

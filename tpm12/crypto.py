@@ -169,6 +169,12 @@ class RsaPublicKey:
         """
         return self._loaded().encrypt(plaintext, _PKCS1)
 
+    def encrypt_block(self, block: bytes) -> bytes:
+        """RSA of a block that is padded already; as many bytes as the modulus has."""
+        modulus = int.from_bytes(self.modulus, "big")
+        number = pow(int.from_bytes(block, "big"), self.exponent, modulus)
+        return number.to_bytes(self.size, "big")
+
     def is_signature(self, signature: bytes, digest: bytes) -> bool:
         """Check an RSASSA-PKCS1-v1_5 signature over a SHA-1 digest."""
         try:

@@ -20,6 +20,7 @@ from protocol.return_codes import ReturnCode, TpmError
 from protocol.structures import SealedData, StoreAsymkey
 from protocol.wire import DecodeError, decode, encode
 from tpm12.crypto import DecryptionError, is_same
+from tpm12.encryption import encrypted_oaep
 from tpm12.keys import LoadedKey
 from tpm12.tpm import Tpm
 from tpm12.wrapping import decrypt_store_asymkey
@@ -81,11 +82,11 @@ def secret_of(entity: StoreAsymkey | SealedData) -> bytes:
     return entity.usage_auth if isinstance(entity, StoreAsymkey) else entity.auth_data
 
 
-def closed(parent: LoadedKey, entity: StoreAsymkey | SealedData, secret: bytes) -> bytes:
+def closed(tpm: Tpm, parent: LoadedKey, entity: StoreAsymkey | SealedData, secret: bytes) -> bytes:
     """Encrypt the private part of an entity to its parent, with another authValue."""
     changed: StoreAsymkey | SealedData
     if isinstance(entity, StoreAsymkey):
         changed = replace(entity, usage_auth=secret)
     else:
         changed = replace(entity, auth_data=secret)
-    return parent.rsa.public.encrypt_oaep(encode(changed))
+    return encrypted_oaep(tpm, parent.rsa.public, encode(changed))

@@ -35,6 +35,7 @@ from protocol.wire import DecodeError, decode, encode
 from tpm12 import keys, oaep
 from tpm12.certification import CmkMigauth
 from tpm12.crypto import DEFAULT_EXPONENT, DecryptionError, hmac_sha1, is_same, sha1, xor
+from tpm12.encryption import encrypted_oaep, encrypted_pkcs1v15
 from tpm12.keys import LoadedKey
 from tpm12.tpm import Tpm
 
@@ -83,7 +84,7 @@ def check_authorization(tpm: Tpm, given: MigrationKeyAuth) -> None:
         raise TpmError(ReturnCode.AUTHFAIL, "the owner did not authorize this destination")
 
 
-def encrypted_to(destination: Pubkey, data: bytes) -> bytes:
+def encrypted_to(tpm: Tpm, destination: Pubkey, data: bytes) -> bytes:
     """Encrypt to a public key that came from outside, with the scheme that it names.
 
     Raises:
@@ -97,9 +98,9 @@ def encrypted_to(destination: Pubkey, data: bytes) -> bytes:
         raise TpmError(ReturnCode.BAD_DATASIZE)
     try:
         if scheme == EncScheme.RSAESOAEP_SHA1_MGF1:
-            return key.encrypt_oaep(data)
+            return encrypted_oaep(tpm, key, data)
         if scheme == EncScheme.RSAESPKCSV15:
-            return key.encrypt_pkcs1v15(data)
+            return encrypted_pkcs1v15(tpm, key, data)
     except ValueError as error:
         raise TpmError(ReturnCode.ENCRYPT_ERROR) from error
     raise TpmError(ReturnCode.INAPPROPRIATE_ENC)
@@ -171,7 +172,7 @@ def sent(tpm: Tpm, block: bytes, destination: Pubkey) -> tuple[bytes, bytes]:
         TpmError: As `encrypted_to`.
     """
     random = tpm.random(len(block))
-    return random, encrypted_to(destination, xor(block, random))
+    return random, encrypted_to(tpm, destination, xor(block, random))
 
 
 def decrypted(destination: LoadedKey, enc_data: bytes) -> bytes:

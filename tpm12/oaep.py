@@ -6,7 +6,7 @@ and the label hash is a secret, so both come out again. RSA with OAEP proper is 
 Source: PKCS#1 v2.1 §7.1 with SHA-1 and MGF1, as TPM Main r116 Part 3 §11.1 and §12.1 use it.
 
 Invariants:
-- A block is as long as its message needs, so there is no zero padding; `decoded` accepts some.
+- A block is as long as its message needs, unless padding is asked for; `decoded` accepts some.
 """
 
 from __future__ import annotations
@@ -31,15 +31,16 @@ class Decoded:
     seed: bytes = field(repr=False)
 
 
-def encoded(message: bytes, p_hash: bytes, seed: bytes) -> bytes:
-    """Make the shortest block of a message.
+def encoded(message: bytes, p_hash: bytes, seed: bytes, padding_bytes: int = 0) -> bytes:
+    """Make a block of a message, the shortest if no padding is asked for.
 
     Args:
         message: Any size.
         p_hash: What stands for the hash of the label, 20 bytes.
         seed: 20 bytes.
+        padding_bytes: How many zeros to put before the message.
     """
-    data_block = p_hash + _SEPARATOR + message
+    data_block = p_hash + bytes(padding_bytes) + _SEPARATOR + message
     masked = xor(data_block, mgf1(seed, len(data_block)))
     return xor(seed, mgf1(masked, DIGEST_BYTES)) + masked
 

@@ -41,6 +41,8 @@ class Profile:
     """A, B, C, D of the TIS."""
     durations_us: tuple[int, int, int] = (1_000_000, 10_000_000, 120_000_000)
     """Short, medium, long."""
+    is_repeatable: bool = False
+    """All chance is drawn from the TPM's own source, also what pads a ciphertext; slower."""
 
 
 RING_PACKET_BYTES: Final = 4088

@@ -19,6 +19,7 @@ from protocol.structures import SealedData, StoredData, StoredData12
 from protocol.wire import DecodeError, decode, encode
 from tpm12 import pcrs
 from tpm12.crypto import OAEP_OVERHEAD_BYTES, DecryptionError, aes128_ctr, is_same, mgf1, sha1, xor
+from tpm12.encryption import encrypted_oaep
 from tpm12.keys import LoadedKey
 from tpm12.state import Session
 from tpm12.tpm import Tpm
@@ -57,7 +58,7 @@ def seal(
         stored_digest=stored_digest(blank),
         data=data,
     )
-    return with_sealed(blank, key.rsa.public.encrypt_oaep(encode(sealed)))
+    return with_sealed(blank, encrypted_oaep(tpm, key.rsa.public, encode(sealed)))
 
 
 def unseal(tpm: Tpm, key: LoadedKey, stored: StoredData | StoredData12) -> SealedData:

@@ -22,6 +22,7 @@ from protocol.wire import DecodeError, decode, encode
 from tpm12 import keys, pcrs
 from tpm12.authorization import end_bound_sessions
 from tpm12.crypto import DecryptionError, is_same, new_rsa_key
+from tpm12.encryption import encrypted_oaep
 from tpm12.keys import LoadedKey
 from tpm12.tpm import Tpm
 
@@ -91,9 +92,9 @@ def generate(
     )
 
 
-def wrapped(parent: LoadedKey, key: LoadedKey) -> Key | Key12:
+def wrapped(tpm: Tpm, parent: LoadedKey, key: LoadedKey) -> Key | Key12:
     """The key's description with its private part encrypted to the parent."""
-    enc_data = parent.rsa.public.encrypt_oaep(encode(key.store_asymkey()))
+    enc_data = encrypted_oaep(tpm, parent.rsa.public, encode(key.store_asymkey()))
     return keys.with_private(key.public, enc_data)
 
 

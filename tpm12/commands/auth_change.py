@@ -114,7 +114,7 @@ def change_auth(tpm: Tpm, cmd: ChangeAuthIn, auth: Authorized) -> ChangeAuthOut:
     auth.verify("entity", hmac_key(entities.secret_of(entity)), None)
     new_auth = auth.decrypt_secret("parent", cmd.new_auth)
     auth.end_all()
-    return ChangeAuthOut(out_data=entities.closed(parent, entity, new_auth))
+    return ChangeAuthOut(out_data=entities.closed(tpm, parent, entity, new_auth))
 
 
 @wire
@@ -315,7 +315,7 @@ def change_auth_asym_finish(
     volatile.keys = {h: key for h, key in volatile.keys.items() if h != cmd.eph_handle}
     end_bound_sessions(tpm, EntityType.KEYHANDLE, cmd.eph_handle)
     return ChangeAuthAsymFinishOut(
-        out_data=entities.closed(parent, entity, wanted.new_auth_secret),
+        out_data=entities.closed(tpm, parent, entity, wanted.new_auth_secret),
         salt_nonce=salt_nonce,
         change_proof=hmac_sha1(wanted.new_auth_secret, salt_nonce + wanted.n1),
     )

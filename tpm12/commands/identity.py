@@ -356,7 +356,7 @@ def make_identity(tpm: Tpm, cmd: MakeIdentityIn, auth: Authorized) -> MakeIdenti
         label_priv_ca_digest=cmd.label_priv_ca_digest, identity_pub_key=key.pubkey()
     )
     return MakeIdentityOut(
-        id_key=wrapping.wrapped(srk, key),
+        id_key=wrapping.wrapped(tpm, srk, key),
         identity_binding=key.rsa.sign_sha1(sha1(encode(contents))),
     )
 

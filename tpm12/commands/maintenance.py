@@ -203,7 +203,7 @@ def create_maintenance_archive(
     block = migration.packed(secrets, PayloadType.MAINT, owner_auth)
     random = tpm.random(len(block)) if cmd.generate_random else b""
     mask = random or mgf1(owner_auth, len(block))
-    enc_data = migration.encrypted_to(maker, xor(block, mask))
+    enc_data = migration.encrypted_to(tpm, maker, xor(block, mask))
     set_flags(tpm, maintenance_done=True)
     archive = keys.with_private(srk.public, enc_data)
     return CreateMaintenanceArchiveOut(random=random, archive=encode(archive))

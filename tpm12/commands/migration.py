@@ -46,6 +46,7 @@ from tpm12 import keys, migration, wrapping
 from tpm12.authorization import OIAP_ONLY, WITH_SHARED_SECRET, Authorized
 from tpm12.crypto import RsaPrivateKey, hmac_key, is_same, sha1
 from tpm12.dispatch import AuthBy, Gate, command
+from tpm12.encryption import encrypted_oaep
 from tpm12.entities import opened_key
 from tpm12.keys import SHA1_SIGNATURES, LoadedKey
 from tpm12.tpm import Tpm
@@ -126,7 +127,7 @@ def create_migration_blob(
         raise TpmError(ReturnCode.BAD_MODE)
     destination = authorized.migration_key
     if cmd.migration_type == MigrateScheme.REWRAP:
-        rewrapped = migration.encrypted_to(destination, encode(secrets))
+        rewrapped = migration.encrypted_to(tpm, destination, encode(secrets))
         return MigrationBlobOut(random=b"", out_data=rewrapped)
     block = migration.packed(secrets, PayloadType.MIGRATE, secrets.migration_auth)
     random, out_data = migration.sent(tpm, block, destination)
@@ -158,7 +159,7 @@ class OutDataOut:
     gates=_GATES,
     sessions=(AuthBy("parent_handle", may_drop=1),),
 )
-def convert_migration_blob(_tpm: Tpm, cmd: ConvertMigrationBlobIn, auth: Authorized) -> OutDataOut:
+def convert_migration_blob(tpm: Tpm, cmd: ConvertMigrationBlobIn, auth: Authorized) -> OutDataOut:
     """Turn a key that arrived into the private part of a key under its new parent.
 
     Raises:
@@ -170,12 +171,12 @@ def convert_migration_blob(_tpm: Tpm, cmd: ConvertMigrationBlobIn, auth: Authori
     arrived = migration.received(parent, cmd.in_data, cmd.random)
     if arrived.payload != PayloadType.MIGRATE:
         raise TpmError(ReturnCode.BAD_MIGRATION)
-    return OutDataOut(out_data=_wrapped(parent, replace(arrived, payload=PayloadType.ASYM)))
+    return OutDataOut(out_data=_wrapped(tpm, parent, replace(arrived, payload=PayloadType.ASYM)))
 
 
-def _wrapped(parent: LoadedKey, secrets: StoreAsymkey) -> bytes:
+def _wrapped(tpm: Tpm, parent: LoadedKey, secrets: StoreAsymkey) -> bytes:
     # What arrived under this parent carried 5 bytes more, so that it fits is certain.
-    return parent.rsa.public.encrypt_oaep(encode(secrets))
+    return encrypted_oaep(tpm, parent.rsa.public, encode(secrets))
 
 
 @wire
@@ -239,7 +240,7 @@ class MigrateKeyIn:
     gates=_GATES,
     sessions=(AuthBy("ma_key_handle", may_drop=1),),
 )
-def migrate_key(_tpm: Tpm, cmd: MigrateKeyIn, auth: Authorized) -> OutDataOut:
+def migrate_key(tpm: Tpm, cmd: MigrateKeyIn, auth: Authorized) -> OutDataOut:
     """Pass a key on its way on to the next destination, as a migration authority.
 
     Raises:
@@ -250,7 +251,7 @@ def migrate_key(_tpm: Tpm, cmd: MigrateKeyIn, auth: Authorized) -> OutDataOut:
     if ma_key.usage != KeyUsage.MIGRATE:
         raise TpmError(ReturnCode.INVALID_KEYUSAGE)
     hidden = migration.decrypted(ma_key, cmd.in_data)
-    return OutDataOut(out_data=migration.encrypted_to(cmd.pub_key, hidden))
+    return OutDataOut(out_data=migration.encrypted_to(tpm, cmd.pub_key, hidden))
 
 
 # -- certified migratable keys: owner and authorities ----------------------------------------------
@@ -417,7 +418,7 @@ def cmk_create_key(tpm: Tpm, cmd: CmkCreateKeyIn, auth: Authorized) -> CmkCreate
     key.migration_auth = migration.migration_auth(
         tpm, authorities, migration.pubkey_digest(key.pubkey())
     )
-    wrapped = wrapping.wrapped(parent, key)
+    wrapped = wrapping.wrapped(tpm, parent, key)
     assert isinstance(wrapped, Key12)
     return CmkCreateKeyOut(wrapped_key=wrapped)
 
@@ -569,4 +570,4 @@ def cmk_convert_migration(tpm: Tpm, cmd: CmkConvertMigrationIn, auth: Authorized
         payload=PayloadType.MIGRATE_EXTERNAL,
         migration_auth=migration.migration_auth(tpm, msa_digest, source_digest),
     )
-    return OutDataOut(out_data=_wrapped(parent, secrets))
+    return OutDataOut(out_data=_wrapped(tpm, parent, secrets))

@@ -273,7 +273,7 @@ def create_wrap_key(tpm: Tpm, cmd: CreateWrapKeyIn, auth: Authorized) -> CreateW
         usage_auth=usage_auth,
         migration_auth=migration_auth if is_migratable else None,
     )
-    return CreateWrapKeyOut(wrapped_key=wrapping.wrapped(parent, key))
+    return CreateWrapKeyOut(wrapped_key=wrapping.wrapped(tpm, parent, key))
 
 
 @wire
