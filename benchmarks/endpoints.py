@@ -167,6 +167,11 @@ class Stack:
         rows = self._client.call("list")
         return {row["name"]: row["pid"] for row in rows if row["pid"] and row["name"] != "bench"}
 
+    def all_pids(self) -> dict[str, int]:
+        """As `pids`, and the chip's."""
+        chip = self._client.call("status")["chip"]["pid"]
+        return self.pids() | ({"hwtpm": chip} if chip else {})
+
     def pin(self, cpu: int) -> None:
         """Pin every daemon, with all its threads, to one CPU."""
         for pid in self.pids().values():
