@@ -455,7 +455,8 @@ class Supervisor:
             )
 
     async def _back_off(self) -> None:
-        await trio.sleep(self._limits.backoff_s(max(1, self._deaths_in_a_row)))
+        if self._deaths_in_a_row:  # who was killed is wanted back at once
+            await trio.sleep(self._limits.backoff_s(self._deaths_in_a_row))
         self._move(Event.START)
 
     def _give_up(self, failure: Failure) -> None:
