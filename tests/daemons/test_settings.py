@@ -50,7 +50,7 @@ def test_every_quantity_ends_in_its_unit(kind):
 
     for name, value in names(kind()):
         if not isinstance(value, str | bool):
-            assert name.endswith(("_s", "_max")), name
+            assert name.endswith(("_s", "_max", "_generation")), name
 
 
 def test_load_file_says_only_what_differs(tmp_path):

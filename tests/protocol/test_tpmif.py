@@ -470,9 +470,7 @@ def test_request_can_be_abandoned_when_it_was_not_executed():
     assert backend.receive(frontend.submit(b"other")) == Submitted(6, 0, b"other")
 
 
-@pytest.mark.parametrize(
-    ("last_sequence", "memory"), [(7, "m1"), (6, "m2"), (5, "m2"), (0, "m2")]
-)
+@pytest.mark.parametrize(("last_sequence", "memory"), [(7, "m1"), (6, "m2"), (5, "m2"), (0, "m2")])
 def test_backend_that_is_out_of_step_or_lost_its_memory_is_noticed(last_sequence, memory):
     frontend, _ = pair(last_sequence=5)
     frontend.submit(REQUEST)

@@ -60,10 +60,10 @@ def test_up_powers_on_and_creates_in_order(launcher, vtpm):
     assert texts[0] == (EXAMPLES / "vtpmmgr.cfg").read_text()
 
 
-def test_up_leaves_running_domains_alone(launcher, vtpm):
+def test_up_leaves_running_domains_alone_and_waits_until_they_are_ready(launcher, vtpm):
     done = vtpm("up", EXAMPLES / "guest1.cfg")
     assert done.exit_code == 0
-    assert [method for method, _ in launcher.calls] == ["power_on", "list"]
+    assert [method for method, _ in launcher.calls] == ["power_on", "list", "until_ready"]
 
 
 def test_up_with_a_malformed_file_starts_nothing(launcher, vtpm, tmp_path):
