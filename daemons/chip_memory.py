@@ -157,6 +157,18 @@ class ChipMemory:
             self._mark(newest.sha256)
         return permanent
 
+    def inspect(self) -> Inspection:
+        """Look at what is stored; on a `ReadOnlyDisk` this changes nothing.
+
+        Raises:
+            Failure: As `load`.
+        """
+        permanent = self.load()
+        wrong = tuple(
+            slot.reason for slot in map(self._examine_slot, (0, 1)) if permanent and slot.reason
+        )
+        return Inspection(permanent=permanent, sequence=self._sequence, wrong=wrong)
+
     def save(self, permanent: Permanent) -> None:
         """Write the state into the other slot and sync.
 
@@ -293,6 +305,21 @@ class ChipMemory:
             next_step="Make room on that disk or replace it; the last stored state is intact.",
             exit_code=ExitCode.IO_ERROR,
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspection:
+    """What a chip's memory holds.
+
+    Attributes:
+        permanent: The newest state; None for a new chip.
+        sequence: Its number.
+        wrong: What is wrong with the slot that does not hold it.
+    """
+
+    permanent: Permanent | None = field(repr=False)
+    sequence: int
+    wrong: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

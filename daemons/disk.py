@@ -1,7 +1,8 @@
 """The few things the vault may do with its image: read, write, sync, know the size.
 
-`Disk` is what the vault asks for; `PosixDisk` is an existing image file or block device. Tests use
-a disk that loses power (`tests/fakes/faulty_disk.py`).
+`Disk` is what the vault asks for; `PosixDisk` is an existing image file or block device, and
+`ReadOnlyDisk` one that somebody else may be using. Tests use a disk that loses power
+(`tests/fakes/faulty_disk.py`).
 
 Leaves to others: what the bytes mean (`vault_format.py`) and in which order they are written
 (`vault.py`).
@@ -21,9 +22,11 @@ import fcntl
 import os
 import stat
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 from daemons.errors import ExitCode, Failure
+
+_LOCKS: Final = Path("/proc/locks")
 
 
 class Disk(Protocol):
@@ -64,9 +67,9 @@ class PosixDisk:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._descriptor = _open_image(path)
+        self._descriptor = _open_image(path, os.O_RDWR)
         try:
-            _check_image(path, os.fstat(self._descriptor))
+            _check_image(path, os.fstat(self._descriptor), os.geteuid())
             _lock_image(path, self._descriptor)
             self._size = os.lseek(self._descriptor, 0, os.SEEK_END)
             self._forget_cached_pages()
@@ -91,13 +94,7 @@ class PosixDisk:
             OSError: EIO when the image ends before (it was cut off since it was opened), or as the
                 kernel says.
         """
-        data = os.pread(self._descriptor, length, offset)
-        while len(data) < length:
-            more = os.pread(self._descriptor, length - len(data), offset + len(data))
-            if not more:
-                raise OSError(errno.EIO, f"the image ends at byte {offset + len(data)}", self.name)
-            data += more
-        return data
+        return _read_all(self._descriptor, offset, length, self.name)
 
     def write(self, offset: int, data: bytes) -> None:
         """Write all of `data` at `offset`, inside the image.
@@ -131,9 +128,86 @@ class PosixDisk:
         os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _open_image(path: Path) -> int:
+class ReadOnlyDisk:
+    """An image to look at: it is not locked, and nothing can be written to it.
+
+    What a `PosixDisk` refuses is refused here too, but for an image that somebody holds: see
+    `holder_of`. What is read while its holder writes may be half of it.
+
+    Args:
+        path: The image.
+        user: Whose it has to be; this process's own user when None.
+
+    Raises:
+        Failure: As `PosixDisk` says it.
+    """
+
+    def __init__(self, path: Path, user: int | None = None) -> None:
+        self._path = path
+        self._descriptor = _open_image(path, os.O_RDONLY)
+        try:
+            status = os.fstat(self._descriptor)
+            _check_image(path, status, os.geteuid() if user is None else user)
+            _check_writable(path)
+            self.size = os.lseek(self._descriptor, 0, os.SEEK_END)
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+
+    @property
+    def name(self) -> str:
+        """The path of the image."""
+        return str(self._path)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Give exactly `length` bytes from `offset`.
+
+        Raises:
+            OSError: As of `PosixDisk`.
+        """
+        return _read_all(self._descriptor, offset, length, self.name)
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Refuse.
+
+        Raises:
+            OSError: EROFS, always.
+        """
+        del offset, data
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), self.name)
+
+    def sync(self) -> None:
+        """Do nothing: nothing was written here."""
+
+    def close(self) -> None:
+        """Let go of it; doing it twice is harmless."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def holder_of(path: Path) -> int | None:
+    """The pid of the process that holds an image or a lock file; None when nobody does.
+
+    Raises:
+        OSError: There is no such file, or it may not be looked at.
+    """
+    return _find_holder(path.stat(follow_symlinks=False).st_ino, _LOCKS)
+
+
+def _read_all(descriptor: int, offset: int, length: int, name: str) -> bytes:
+    data = os.pread(descriptor, length, offset)
+    while len(data) < length:
+        more = os.pread(descriptor, length - len(data), offset + len(data))
+        if not more:
+            raise OSError(errno.EIO, f"the image ends at byte {offset + len(data)}", name)
+        data += more
+    return data
+
+
+def _open_image(path: Path, mode: int) -> int:
     # O_NONBLOCK: opening a FIFO that someone put there must not hang; it means nothing for files.
-    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    flags = mode | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
     try:
         return os.open(path, flags)
     except FileNotFoundError:
@@ -160,7 +234,13 @@ def _not_opened(path: Path, error: OSError) -> Failure:
     return Failure(f"cannot open image {path}", why=why, next_step=next_step, exit_code=code)
 
 
-def _check_image(path: Path, status: os.stat_result) -> None:
+def _check_writable(path: Path) -> None:
+    # Who uses an image opens it for writing.
+    if not os.access(path, os.W_OK, effective_ids=True):
+        raise _not_opened(path, OSError(errno.EACCES, os.strerror(errno.EACCES)))
+
+
+def _check_image(path: Path, status: os.stat_result, user: int) -> None:
     is_device = stat.S_ISBLK(status.st_mode)
     if not is_device and not stat.S_ISREG(status.st_mode):
         raise Failure(
@@ -172,7 +252,6 @@ def _check_image(path: Path, status: os.stat_result) -> None:
     # Devices belong to root and to a group such as "disk"; the kernel has let us in already.
     if is_device:
         return
-    user = os.geteuid()
     if status.st_uid != user:
         raise Failure(
             f"cannot use image {path}",
@@ -202,12 +281,17 @@ def _lock_image(path: Path, descriptor: int) -> None:
         ) from None
 
 
-def _lock_holder(inode: int, locks: Path = Path("/proc/locks")) -> str:
+def _lock_holder(inode: int, locks: Path = _LOCKS) -> str:
     """Name the process that holds a flock on an inode, as far as /proc/locks tells."""
-    with contextlib.suppress(OSError):
+    holder = _find_holder(inode, locks)
+    return "another process" if holder is None else f"process {holder}"
+
+
+def _find_holder(inode: int, locks: Path) -> int | None:
+    with contextlib.suppress(OSError, ValueError):
         for line in locks.read_text().splitlines():
             words = line.split()
             # "1: FLOCK ADVISORY WRITE 4711 08:01:1234 0 EOF"; waiters have "->" as second word.
             if len(words) > 5 and words[1] == "FLOCK" and words[5].endswith(f":{inode}"):
-                return f"process {words[4]}"
-    return "another process"
+                return int(words[4])
+    return None

@@ -5,6 +5,7 @@ The kernel drops the lock with its holder, so a killed process leaves a file but
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -12,6 +13,7 @@ import stat
 from pathlib import Path
 from typing import Final, Self
 
+from daemons.disk import holder_of
 from daemons.errors import ExitCode, Failure
 from daemons.listeners import AlreadyRunning, describe_file, private_directory, start_time_of
 
@@ -44,18 +46,11 @@ class InstanceLock:
             except OSError as error:
                 raise _in_the_way(path, describe_file(path, directory)) from error
             try:
-                self._check_file(directory)
+                _check_lock_file(self._descriptor, path, directory)
                 self._lock(subject)
             except BaseException:
                 os.close(self._descriptor)
                 raise
-
-    def _check_file(self, directory: int) -> None:
-        status = os.fstat(self._descriptor)
-        is_plain = stat.S_ISREG(status.st_mode) and status.st_nlink == 1
-        # A file that holds anything but a pid is not a lock of ours, and would be lost with it.
-        if not is_plain or not _HOLDER.fullmatch(os.pread(self._descriptor, 32, 0)):
-            raise _in_the_way(self.path, describe_file(self.path, directory))
 
     def _lock(self, subject: str) -> None:
         # No file is exchanged between open and lock: both happen under the directory's lock.
@@ -92,6 +87,38 @@ class InstanceLock:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def inspect_lock(path: Path) -> int | None:
+    """Tell who holds a lock file, without taking it.
+
+    Returns:
+        The pid of its holder; None when nobody holds it.
+
+    Raises:
+        OSError: It is not there, or may not be read.
+        Failure: It is no lock file, and `InstanceLock` would refuse it.
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        if error.errno in {errno.ELOOP, errno.ENXIO}:  # a symbolic link, a socket
+            raise _in_the_way(path, describe_file(path)) from error
+        raise
+    try:
+        _check_lock_file(descriptor, path)
+    finally:
+        os.close(descriptor)
+    return holder_of(path)
+
+
+def _check_lock_file(descriptor: int, path: Path, directory: int | None = None) -> None:
+    status = os.fstat(descriptor)
+    is_plain = stat.S_ISREG(status.st_mode) and status.st_nlink == 1
+    # A file that holds anything but a pid is not a lock of ours, and would be lost with it.
+    if not is_plain or not _HOLDER.fullmatch(os.pread(descriptor, 32, 0)):
+        raise _in_the_way(path, describe_file(path, directory))
 
 
 def _same_file(descriptor: int, name: str, directory: int) -> bool:

@@ -46,7 +46,7 @@ VERSION: Final = 1
 KEY_BYTES: Final = 32
 GO_ON: Final = "--go-on"
 """Option of a daemon whose predecessor was killed: without its journal, do not start."""
-HALF_BYTES: Final = 256 * 1024
+HALF_BYTES: Final = 64 * 1024
 """Half of a new file; of one whose snapshot is large, more."""
 SIZE_BYTES_MAX: Final = 64 * 1024 * 1024
 HALVES_AT: Final = 128
@@ -84,18 +84,53 @@ def read_journal(path: Path, key: bytes, owner: bytes) -> list[bytes] | None:
     Raises:
         Failure: There is one, and it is not what its owner wrote. It stays as it is.
     """
+    content = _read_content(path)
+    if content is None:
+        return None
+    salt = _HEAD.unpack_from(content)[3]
+    cipher = AESGCM(_file_key(key, salt))
+    associated = _associated(content[: _HEAD.size], owner)
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        return [
+            cipher.decrypt(_nonce(count), sealed, associated) for count, sealed in _records(content)
+        ]
+    except (InvalidTag, ValueError, struct.error):
+        raise _damaged(path, "its bytes are not those that were written") from None
+
+
+def inspect_journal(path: Path) -> int | None:
+    """Look at what a process left or is writing, as far as it can be told without the key.
+
+    Returns:
+        How many records there are; None when there is no file, or one of an earlier boot.
+
+    Raises:
+        Failure: `read_journal` would refuse it, whatever the key.
+    """
+    content = _read_content(path)
+    if content is None:
+        return None
+    try:
+        return sum(1 for _ in _records(content))
+    except (ValueError, struct.error):
+        raise _damaged(path, "its bytes are not those that were written") from None
+
+
+def _read_content(path: Path) -> bytes | None:
+    """A journal of this boot that is where it was written; None without one."""
+    try:
+        # O_NONBLOCK: a FIFO in its place must not hold us up.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as file:
+            content = file.read(SIZE_BYTES_MAX) or b""
+            status = os.fstat(file.fileno())
     except FileNotFoundError:
         return None
     except OSError as error:
         raise _damaged(path, (error.strerror or str(error)).lower()) from error
-    with os.fdopen(descriptor, "rb") as file:
-        content = file.read(SIZE_BYTES_MAX)
-        status = os.fstat(file.fileno())
     if len(content) < HALVES_AT:
         raise _damaged(path, f"it has {len(content)} bytes")
-    magic, version, boot, salt, device, inode = _HEAD.unpack_from(content)
+    magic, version, boot, _, device, inode = _HEAD.unpack_from(content)
     if magic != MAGIC:
         raise _damaged(path, "it is no journal")
     if version != VERSION:
@@ -104,14 +139,11 @@ def read_journal(path: Path, key: bytes, owner: bytes) -> list[bytes] | None:
         return None
     if (device, inode) != (status.st_dev, status.st_ino):
         raise _damaged(path, "it is a copy of the file that was written")
-    cipher = AESGCM(_file_key(key, salt))
-    try:
-        return list(_records(content, cipher, _associated(content[: _HEAD.size], owner)))
-    except (InvalidTag, ValueError, struct.error):
-        raise _damaged(path, "its bytes are not those that were written") from None
+    return content
 
 
-def _records(content: bytes, cipher: AESGCM, associated: bytes) -> Iterator[bytes]:
+def _records(content: bytes) -> Iterator[tuple[int, bytes]]:
+    """Count and encrypted bytes of each record that `committed` covers."""
     (word,) = _COMMITTED.unpack_from(content, _COMMITTED_AT)
     half_bytes = (len(content) - HALVES_AT) // 2
     at = HALVES_AT + (half_bytes if word & _SECOND_HALF else 0)
@@ -124,7 +156,7 @@ def _records(content: bytes, cipher: AESGCM, associated: bytes) -> Iterator[byte
         at += _RECORD.size
         if at + length > end or expected not in {None, count}:
             raise ValueError(at)
-        yield cipher.decrypt(_nonce(count), content[at : at + length], associated)
+        yield count, content[at : at + length]
         at += length
         expected = count + 1
 

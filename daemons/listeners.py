@@ -38,6 +38,8 @@ SYSTEMD_FIRST_FD: Final = 3
 
 _SO_PEERPIDFD: Final = 77
 """`asm-generic/socket.h`, Linux 6.5; Python 3.11 does not name it."""
+_ACCEPTS: Final = 1 << 16
+"""`linux/net.h`: __SO_ACCEPTCON, as /proc/net/unix shows it."""
 _UCRED: Final = struct.Struct("=iII")
 _START_TIME_FIELD: Final = 22
 """`proc(5)`: starttime, in clock ticks since boot."""
@@ -406,6 +408,24 @@ def describe_file(path: Path, directory: int | None = None) -> str:
     name = names.get(stat.S_IFMT(status.st_mode), "something unknown")
     age_s = max(0, round(time.time() - status.st_mtime))
     return f"{name} of user {status.st_uid}, changed {age_s} s ago"
+
+
+def served_paths(table: Path = Path("/proc/net/unix")) -> frozenset[str]:
+    """The paths on which a live process takes connections (or datagrams), as they were bound.
+
+    Nobody is connected to for it. Paths of more than 107 bytes were bound in another way, and are
+    not among them.
+
+    Raises:
+        OSError: The kernel does not say.
+    """
+    served = set()
+    for line in os.fsdecode(table.read_bytes()).splitlines()[1:]:
+        # number, references, protocol, flags, type, state, inode, path
+        words = line.split(maxsplit=7)
+        if len(words) == 8 and (int(words[3], 16) & _ACCEPTS or int(words[4], 16) == Kind.DATAGRAM):
+            served.add(words[7])
+    return frozenset(served)
 
 
 def _make_room(path: Path, kind: Kind, directory: int) -> None:

@@ -305,6 +305,37 @@ class Places:
         return descriptor
 
 
+def inspect_directory(directory: Path, *, is_private: bool) -> bool:
+    """Look at a directory as `Places.prepare` does, without making it.
+
+    Returns:
+        Whether it is there.
+
+    Raises:
+        BadPlace: It would not be used.
+        PermissionError: A directory above it, somebody else's, does not let us through.
+    """
+    try:
+        descriptor = os.open(
+            directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC | (is_private and os.O_NOFOLLOW)
+        )
+    except FileNotFoundError:
+        return False
+    except PermissionError:
+        raise
+    except OSError as error:
+        why = "it is a symlink or not a directory" if error.errno == errno.ENOTDIR else None
+        raise _cannot_make(directory, error, why) from error
+    try:
+        _check_directory(descriptor, directory, is_private=is_private)
+        is_ours = os.fstat(descriptor).st_uid == os.geteuid()
+        if is_ours and not os.access(directory, os.R_OK | os.W_OK | os.X_OK, effective_ids=True):
+            raise _cannot_make(directory, PermissionError(errno.EACCES, "Permission denied"))
+    finally:
+        os.close(descriptor)
+    return True
+
+
 def _step_into(parent: int, path: Path, *, is_private: bool) -> int:
     """Open a directory below `parent`, after making it when it is not there."""
     try:

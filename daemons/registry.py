@@ -248,7 +248,10 @@ class Registry:
             os.close(descriptor)
         if len(content) > RECORD_BYTES_MAX:
             raise _damaged(path, f"it has more than {RECORD_BYTES_MAX} bytes")
-        record = self._parse(content)
+        try:
+            record = self._parse(content)
+        except DamagedRegistry as error:
+            raise _damaged(path, error.why) from error
         if f"{record.name}.json" != name:
             raise _damaged(path, f"it says that it is the record of {record.name}")
         return _Read(record, status.st_uid)
@@ -496,6 +499,7 @@ def _damaged(path: Path | None, why: str) -> DamagedRegistry:
     return DamagedRegistry(
         f"the registry entry {path} is refused" if path else "a registry record is refused",
         why=why,
-        next_step="Stop the stack with `vtpm down`, remove the registry directory, and start again",
+        next_step="Stop the stack with `vtpm down` and start it again; where there is no launcher"
+        " any more, end that domain's process and remove the file: vtpm doctor names both",
         exit_code=ExitCode.DAMAGED,
     )

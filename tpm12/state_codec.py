@@ -73,11 +73,12 @@ def delta(before: object, after: object) -> bytes:
             if old_entries.get(key) is not entry:
                 data = _to_bytes(declared, entry)
                 out.append(_RECORD.pack(declared.number, key, len(data)) + data)
-        out += [
-            _RECORD.pack(declared.number, key, _REMOVED)
-            for key in old_entries
-            if key not in new_entries
-        ]
+        if not old_entries.keys() <= new_entries.keys():
+            out += [
+                _RECORD.pack(declared.number, key, _REMOVED)
+                for key in old_entries
+                if key not in new_entries
+            ]
     if not out:
         return b""
     return _HEAD.pack(VERSION, _SECTION_IDS[type(after)]) + b"".join(out)

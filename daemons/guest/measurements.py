@@ -89,10 +89,11 @@ def read_measurements(directory: Path) -> list[Measurement]:
         if parsed["format"] != FORMAT:
             raise ValueError(f"format {parsed['format']!r}, this version reads {FORMAT}")
         events = [Measurement(**event) for event in parsed["events"]]
-    except (KeyError, TypeError) as error:
+        digests = [bytes.fromhex(event.digest) for event in events]
+    except (KeyError, TypeError, RecursionError) as error:
         raise ValueError("not a list of measurements") from error
-    for event in events:
-        if len(bytes.fromhex(event.digest)) != DIGEST_BYTES:
+    for event, digest in zip(events, digests, strict=True):
+        if len(digest) != DIGEST_BYTES:
             raise ValueError(f"{event.what} has no SHA-1 digest")
     return events
 

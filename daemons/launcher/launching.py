@@ -23,7 +23,9 @@ from daemons.launcher.domain import Domain
 from daemons.launcher.process_start import Start, start_process
 from daemons.launcher.stack import Stack
 from daemons.launcher.supervisor import RESTING, Launched, State
+from daemons.places import Places
 from daemons.registry import Role, VtpmDevice
+from daemons.xl.device_specs import Disk
 from daemons.xl.domain_config import STATE_DISK
 
 BACKEND_ROLES = {Role.VTPM: Role.MANAGER, Role.GUEST: Role.VTPM}
@@ -115,27 +117,32 @@ def check_disks(stack: Stack, domain: Domain) -> None:
         Failure: One is missing, empty, not a file, or may not be opened as it should be.
     """
     for disk in domain.disks:
-        if disk.is_cdrom or not disk.target:
-            continue
-        image = stack.places.images(disk.target)
-        what = f"cannot use disk {disk.vdev} of {domain.name}, image {image}"
-        try:
-            status = image.stat()
-        except OSError as error:
-            raise _bad_image(what, error.strerror or str(error), image, domain.role) from error
-        if not image.is_file() and not image.is_block_device():
-            raise _bad_image(what, "it is neither a file nor a block device", image, domain.role)
-        if image.is_file() and status.st_size == 0:
-            raise _bad_image(what, "it has no bytes", image, domain.role)
-        wanted = os.R_OK | (os.W_OK if disk.is_writable else 0)
-        if not os.access(image, wanted):
-            raise Failure(
-                what,
-                why=f"uid {os.geteuid()} may not {'write' if disk.is_writable else 'read'} it"
-                f" (it belongs to uid {status.st_uid}, mode {status.st_mode & 0o7777:04o})",
-                next_step=f"Run: chown {os.geteuid()} {image} && chmod 600 {image}",
-                exit_code=ExitCode.NO_PERMISSION,
-            )
+        check_disk(stack.places, domain.name, domain.role, disk)
+
+
+def check_disk(places: Places, name: str, role: Role, disk: Disk) -> None:
+    """Check one disk of a domain; see `check_disks`."""
+    if disk.is_cdrom or not disk.target:
+        return
+    image = places.images(disk.target)
+    what = f"cannot use disk {disk.vdev} of {name}, image {image}"
+    try:
+        status = image.stat()
+    except OSError as error:
+        raise _bad_image(what, error.strerror or str(error), image, role) from error
+    if not image.is_file() and not image.is_block_device():
+        raise _bad_image(what, "it is neither a file nor a block device", image, role)
+    if image.is_file() and status.st_size == 0:
+        raise _bad_image(what, "it has no bytes", image, role)
+    wanted = os.R_OK | (os.W_OK if disk.is_writable else 0)
+    if not os.access(image, wanted):
+        raise Failure(
+            what,
+            why=f"uid {os.geteuid()} may not {'write' if disk.is_writable else 'read'} it"
+            f" (it belongs to uid {status.st_uid}, mode {status.st_mode & 0o7777:04o})",
+            next_step=f"Run: chown {os.geteuid()} {image} && chmod 600 {image}",
+            exit_code=ExitCode.NO_PERMISSION,
+        )
 
 
 def _bad_image(what: str, why: str, image: Path, role: Role) -> Failure:

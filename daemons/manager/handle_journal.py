@@ -72,16 +72,8 @@ class HandleJournal:
 
     def read(self) -> Leftovers:
         """What the file says; nothing when it is not there or cannot be understood."""
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            descriptor = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            with os.fdopen(descriptor, "rb") as file:
-                shape = json.loads(file.read(JOURNAL_BYTES_MAX))
-            handles = tuple((int(kind), int(handle)) for kind, handle in shape["handles"])
-            return Leftovers(
-                epoch=str(shape["epoch"]),
-                outstanding=bytes.fromhex(shape["outstanding"]),
-                handles=handles[:HANDLES_MAX],
-            )
+        with contextlib.suppress(OSError, ValueError):
+            return read_leftovers(self._path)
         return Leftovers()
 
     def take_over(
@@ -178,6 +170,29 @@ class HandleJournal:
         with os.fdopen(os.open(self._beside, flags, 0o600), "wb") as file:
             file.write(json.dumps(shape).encode())
         self._beside.rename(self._path)
+
+
+def read_leftovers(path: Path) -> Leftovers:
+    """Read such a file.
+
+    Raises:
+        OSError: It is not there, or cannot be read.
+        ValueError: It cannot be understood.
+    """
+    # O_NONBLOCK: a FIFO in its place must not hold us up.
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with os.fdopen(os.open(path, flags), "rb") as file:
+        content = file.read(JOURNAL_BYTES_MAX) or b""
+    try:
+        shape = json.loads(content)
+        handles = tuple((int(kind), int(handle)) for kind, handle in shape["handles"])
+        return Leftovers(
+            epoch=str(shape["epoch"]),
+            outstanding=bytes.fromhex(shape["outstanding"]),
+            handles=handles[:HANDLES_MAX],
+        )
+    except (KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"it is no list of handles ({error})") from error
 
 
 def opens(request: bytes) -> ResourceType | None:

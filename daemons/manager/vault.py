@@ -137,7 +137,13 @@ def inspect(disk: Disk) -> Inspection:
     )
 
 
-def _inspect_vault(disk: Disk) -> tuple[Inspection, RootHeader]:
+def inspect_vault(disk: Disk) -> tuple[Inspection, RootHeader]:
+    """Look at an image that is not blank.
+
+    Raises:
+        Damaged: It is blank, or was cut off.
+        VaultError: As `inspect`.
+    """
     found = inspect(disk)
     header = found.header
     if header is None:
@@ -279,7 +285,7 @@ class Vault:
             Damaged: Anything does not verify, or the image is blank.
             VaultError: See `inspect`.
         """
-        found, header = _inspect_vault(disk)
+        found, header = inspect_vault(disk)
         vault = cls(disk, header, VaultKeys.derive(unseal(header)), random_bytes, anchor)
         vault._load(found, minimum_sequence)
         return vault
@@ -292,7 +298,7 @@ class Vault:
         Raises:
             VaultError: See `open`.
         """
-        found, header = _inspect_vault(disk)
+        found, header = inspect_vault(disk)
         if header.vault_id != self._header.vault_id:
             raise Damaged(disk.name, "it is another vault's image than before")
         keys = self._sealer.keys

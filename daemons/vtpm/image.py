@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import dataclass
 from typing import Annotated, Final, Protocol
 from uuid import UUID
 
@@ -183,7 +184,7 @@ class VtpmImage:
         """
         reasons = []
         for slot in (0, 1):
-            content = self._read_slot(slot)
+            content = _read_slot(self._disk, slot)
             if isinstance(content, str):
                 reasons.append(f"slot {slot} {content}")
             elif hashlib.sha256(content).digest() == digest:
@@ -195,24 +196,6 @@ class VtpmImage:
             "The image is damaged, an older copy, or another vTPM's. Put the right image back; "
             "it was left as it is.",
         )
-
-    def _read_slot(self, slot: int) -> bytes | str:
-        """A slot's header and content, or why there is none."""
-        start = slot * self._slot_bytes
-        if self._slot_bytes < HEADER_BYTES:
-            return "is too small to hold anything"
-        try:
-            head = self._disk.read(start, HEADER_BYTES)
-            if not any(head):
-                return "is blank"
-            header = decode(SlotHeader, head)
-            if header.magic not in {MAGIC, FIRST_MAGIC}:
-                return "holds no vTPM state"
-            if header.length > self._slot_bytes - HEADER_BYTES:
-                return "has an impossible length"
-            return head + self._disk.read(start + HEADER_BYTES, header.length)
-        except OSError as error:
-            return f"cannot be read ({(error.strerror or str(error)).lower()})"
 
     def _encrypted(self, permanent: Permanent, magic: bytes) -> tuple[bytes, bytes]:
         """The content of a slot under a fresh key, and hash and key for the manager."""
@@ -275,11 +258,7 @@ class VtpmImage:
         return (is_torn and self._is_blank(0, at)) or is_marked
 
     def _is_blank(self, begin: int, end: int) -> bool:
-        for start in range(begin, end, _PROBE_BYTES):
-            size = min(_PROBE_BYTES, end - start)
-            if any(self._disk.read(start, size)):
-                return False
-        return True
+        return _is_blank(self._disk, begin, end)
 
     def _refused(self, why: str, next_step: str) -> Failure:
         return Failure(
@@ -288,3 +267,70 @@ class VtpmImage:
             next_step=next_step,
             exit_code=ExitCode.DAMAGED,
         )
+
+
+# -- without the manager ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspection:
+    """What an image holds, as far as it can be told without the manager's record.
+
+    Attributes:
+        is_blank: Nothing but zeros: an image for a new vTPM.
+        wrong: For each slot what is wrong with it, or nothing when it may be the one on record.
+    """
+
+    is_blank: bool
+    wrong: tuple[str, str]
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Neither slot can be the one that any manager has on record."""
+        return all(self.wrong)
+
+
+def inspect(disk: Disk) -> Inspection:
+    """Look at an image.
+
+    Raises:
+        OSError: The disk fails.
+    """
+    wrong = []
+    for slot in (0, 1):
+        content = _read_slot(disk, slot)
+        if isinstance(content, str):
+            wrong.append(f"slot {slot} {content}")
+            continue
+        version = decode(SlotHeader, content[:HEADER_BYTES]).version
+        is_other = version != FORMAT_VERSION
+        wrong.append(f"slot {slot} has format version {version}" if is_other else "")
+    return Inspection(is_blank=_is_blank(disk, 0, disk.size), wrong=(wrong[0], wrong[1]))
+
+
+def _read_slot(disk: Disk, slot: int) -> bytes | str:
+    """A slot's header and content, or why there is none."""
+    slot_bytes = disk.size // 2
+    start = slot * slot_bytes
+    if slot_bytes < HEADER_BYTES:
+        return "is too small to hold anything"
+    try:
+        head = disk.read(start, HEADER_BYTES)
+        if not any(head):
+            return "is blank"
+        header = decode(SlotHeader, head)
+        if header.magic not in {MAGIC, FIRST_MAGIC}:
+            return "holds no vTPM state"
+        if header.length > slot_bytes - HEADER_BYTES:
+            return "has an impossible length"
+        return head + disk.read(start + HEADER_BYTES, header.length)
+    except OSError as error:
+        return f"cannot be read ({(error.strerror or str(error)).lower()})"
+
+
+def _is_blank(disk: Disk, begin: int, end: int) -> bool:
+    for start in range(begin, end, _PROBE_BYTES):
+        size = min(_PROBE_BYTES, end - start)
+        if any(disk.read(start, size)):
+            return False
+    return True
