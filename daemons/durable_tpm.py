@@ -95,6 +95,8 @@ class DurableTpm:
         rng: Randomness; the system's when None.
         key_generator: Where RSA keys come from; OpenSSL, and `rng` for what it has not, when None.
         memory: What outlives a killed process; None: nothing does.
+        is_nv_locked: A new one leaves the factory with nvLocked set. As long as it is not, nobody
+            is asked for authorization of any NV area (TPM Main r116 Part 3 §20).
 
     Attributes:
         is_new: Nothing was ever stored.
@@ -113,11 +115,12 @@ class DurableTpm:
         rng: StirrableRng | None = None,
         key_generator: KeyGenerator | None = None,
         memory: VolatileMemory | None = None,
+        is_nv_locked: bool = False,
     ) -> None:
         self._store = store
         self._memory = memory
         rng = rng or SystemRng()
-        state = factory_state()
+        state = factory_state(is_nv_locked=is_nv_locked)
         permanent = store.load()
         self.is_new = permanent is None
         self.is_resumed = False

@@ -20,9 +20,10 @@ import structlog
 import trio
 
 from daemons import logs, policy, settings
-from daemons.chip_memory import ChipMemory
+from daemons.chip_memory import ChipMemory, make_chip_memory
 from daemons.durable_tpm import DurableTpm
 from daemons.errors import ExitCode, Failure
+from daemons.faults.hooks import hooks_of
 from daemons.journal import GO_ON, missing
 from daemons.listeners import Kind, PeerCredentials, activated_or_listen
 from daemons.places import CHIP_NAME, Places
@@ -159,9 +160,11 @@ async def _run(options: Options) -> None:
     logs.configure(PROGRAM, CHIP_NAME, chosen.log_level)
     notifier = Notifier.from_environment(os.environ)
     places.make_private(places.chip_memory.parent)
-    memory = await trio.to_thread.run_sync(ChipMemory.open, places.chip_memory)
+    hooks = hooks_of(places, CHIP_NAME)
+    make_chip_memory(places.chip_memory)
+    memory = ChipMemory(hooks.open_disk(places.chip_memory))
     volatile = VolatileMemory(places.domain(CHIP_NAME).journal, CHIP_NAME)
-    tpm = DurableTpm(memory, profile=CHIP, commands=ALL, memory=volatile)
+    tpm = DurableTpm(memory, profile=CHIP, commands=ALL, memory=volatile, is_nv_locked=True)
     if options.must_go_on and not tpm.is_resumed:
         raise missing(places.domain(CHIP_NAME).journal)
     if tpm.is_new:
@@ -169,7 +172,9 @@ async def _run(options: Options) -> None:
     await trio.to_thread.run_sync(pass_self_test, tpm.state.permanent, CHIP, ALL)
     chip = Chip(tpm, notifier.status)
     admit = admission(Registry(places.registry), policy.load(places.policy))
-    server = TisServer(chip, admit, memory=Registers(tpm), settings=chosen.tis)
+    server = TisServer(
+        chip, admit, memory=Registers(tpm), settings=chosen.tis, wrap_socket=hooks.tis_socket
+    )
     if tpm.is_resumed:
         structlog.get_logger().info("went on where a killed process was")
         await trio.to_thread.run_sync(server.run_recalled_command)

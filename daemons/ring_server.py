@@ -55,6 +55,7 @@ from protocol.tpmif_page import PACKET_BYTES_MAX
 from protocol.wire import DecodeError
 
 T = TypeVar("T")
+WrapSocket = Callable[[socket.socket], socket.socket]
 
 CANCELLED: Final = b""
 """What `execute` returns for a command that it gave up on and that changed nothing."""
@@ -184,6 +185,7 @@ async def serve_rings(  # noqa: PLR0913 - three and four named ones
     responses: ResponseStore | None = None,
     settings: RingSettings | None = None,
     is_alive: Callable[[], object] | None = None,
+    wrap_socket: WrapSocket | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve rings until a signal; arguments as for `RingServer`, end as for `service.serve`.
@@ -191,7 +193,9 @@ async def serve_rings(  # noqa: PLR0913 - three and four named ones
     `is_alive` is called between two commands of the rings.
     """
     settings = settings or RingSettings()
-    server = RingServer(backend, admit, responses=responses, settings=settings)
+    server = RingServer(
+        backend, admit, responses=responses, settings=settings, wrap_socket=wrap_socket
+    )
     await serve(
         server.handle,
         [listener],
@@ -213,6 +217,7 @@ class RingServer:
             it has the same backend.
         responses: Where responses are stored; in memory when None.
         settings: Limits.
+        wrap_socket: Takes the place of each ring's socket; None, but for faults on purpose.
     """
 
     def __init__(
@@ -222,8 +227,10 @@ class RingServer:
         *,
         responses: ResponseStore | None = None,
         settings: RingSettings | None = None,
+        wrap_socket: WrapSocket | None = None,
     ) -> None:
         self._admit = admit
+        self._wrap_socket = wrap_socket
         self._settings = settings or RingSettings()
         self._behind = _Behind(
             backend=backend,
@@ -293,6 +300,8 @@ class RingServer:
         if len(self._carriers) >= self._settings.rings_max:
             raise Refused(f"{self._settings.rings_max} rings are connected, which is the limit")
         raw = socket.socket(fileno=connection.socket.detach())
+        if self._wrap_socket is not None:
+            raw = self._wrap_socket(raw)
         carrier = _Carrier(raw, ring, peer, self._behind)
         self._carriers[peer.ring_id] = carrier
         return carrier

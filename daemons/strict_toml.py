@@ -44,6 +44,10 @@ class Table:
         except (ValueError, RecursionError) as error:  # also TOMLDecodeError, UnicodeDecodeError
             raise TomlError(str(error)) from error
 
+    def has(self, key: str) -> bool:
+        """Tell whether a key stands in the table and was not taken yet."""
+        return key in self._left
+
     def take_text(self, key: str, default: str | None = None) -> str:
         """Take a string."""
         found = self._take(key, default)
@@ -97,7 +101,7 @@ class Table:
         for at, entry in enumerate(found, start=1):
             if not isinstance(entry, dict):
                 raise self._wrong(key, f"has an entry that is no table (number {at})")
-            tables.append(Table(entry, f"[[{key}]] number {at}", self._text))
+            tables.append(Table(entry, f"[[{key}]] number {at}", self._section(key, at)))
         return tables
 
     def finish(self) -> None:
@@ -123,6 +127,15 @@ class Table:
 
     def _wrong(self, key: str, reason: str) -> TomlError:
         return TomlError(f"{key} in {self._where}{self._line_of(key)} {reason}")
+
+    def _section(self, key: str, number: int) -> str:
+        """Give the text of one table of an array, at its lines; of the whole file if not found."""
+        headers = [*re.finditer(rf"^[ \t]*\[\[{re.escape(key)}\]\]", self._text, re.MULTILINE)]
+        if len(headers) < number:
+            return self._text
+        begin = headers[number - 1].end()
+        end = headers[number].start() if number < len(headers) else len(self._text)
+        return "\n" * self._text.count("\n", 0, begin) + self._text[begin:end]
 
     def _line_of(self, key: str) -> str:
         """Say where a key first stands; tomllib gives no positions of keys."""

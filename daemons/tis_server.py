@@ -183,6 +183,7 @@ class TisServer:
         admit: Tells what a peer may do.
         memory: Where the registers outlive a killed process; None: nowhere.
         settings: Limits.
+        wrap_socket: Takes the place of each connection; None, but for faults on purpose.
 
     Raises:
         DecodeError: What is remembered is not understood.
@@ -195,7 +196,9 @@ class TisServer:
         *,
         memory: RegisterMemory | None = None,
         settings: TisSettings | None = None,
+        wrap_socket: Callable[[socket.socket], socket.socket] | None = None,
     ) -> None:
+        self._wrap_socket = wrap_socket
         self.settings = settings or TisSettings()
         self._memory = memory or ForgetfulRegisters(chip)
         self._remembered = b""
@@ -247,6 +250,8 @@ class TisServer:
     ) -> None:
         """Give the connection to a worker thread, and end it when the daemon stops."""
         raw = socket.socket(fileno=connection.socket.detach())
+        if self._wrap_socket is not None:
+            raw = self._wrap_socket(raw)
         carrier = _Carrier(raw, peer, self, log)
         try:
             async with trio.open_nursery() as nursery:

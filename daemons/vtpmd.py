@@ -20,9 +20,10 @@ import structlog
 import trio
 
 from daemons import logs, policy, settings
-from daemons.disk import PosixDisk
+from daemons.disk import Disk
 from daemons.durable_tpm import DurableTpm
 from daemons.errors import ExitCode, Failure
+from daemons.faults.hooks import hooks_of
 from daemons.journal import GO_ON, missing
 from daemons.listeners import Kind, PeerCredentials, activated_or_listen
 from daemons.places import Places
@@ -108,6 +109,7 @@ async def _run(options: Options) -> None:
         raise _misconfigured(options, "the registry has no such domain with a manager in vtpm=")
     chosen = settings.load(places.settings(PROGRAM), VtpmdSettings)
     notifier = Notifier.from_environment(os.environ)
+    hooks = hooks_of(places, options.domain)
     ring = RingClient(
         places.domain(own.vtpms[0].backend).ring_socket,
         handle=own.vtpms[0].devid,
@@ -117,10 +119,10 @@ async def _run(options: Options) -> None:
     with ring:
         await _in_thread(partial(ring.connect, MANAGER_WAIT_S))
         manager = ManagerLink(ring.exchange)
-        must_go_on = options.must_go_on
-        tpm = await _in_thread(
-            partial(_open_tpm, places, config, own, manager, notifier, must_go_on=must_go_on)
+        open_tpm = partial(
+            _open_tpm, places, config, own, manager, notifier, open_disk=hooks.open_disk
         )
+        tpm = await _in_thread(partial(open_tpm, must_go_on=options.must_go_on))
         if tpm.notes.get(_STARTED) != b"1":
             await _in_thread(partial(_start, tpm, arguments, manager, is_first=True))
         backend = VtpmBackend(
@@ -142,6 +144,7 @@ async def _run(options: Options) -> None:
             responses=responses,
             settings=chosen.rings,
             is_alive=partial(tpm.execute, NO_COMMAND, 0),
+            wrap_socket=hooks.ring_socket,
         )
 
 
@@ -157,6 +160,7 @@ def _open_tpm(  # noqa: PLR0913 - one caller
     manager: ManagerLink,
     notifier: Notifier,
     *,
+    open_disk: Callable[[Path], Disk],
     must_go_on: bool,
 ) -> DurableTpm:
     """Open the image and start the TPM in it, or make a new one."""
@@ -169,12 +173,12 @@ def _open_tpm(  # noqa: PLR0913 - one caller
             exit_code=ExitCode.CONFIGURATION,
         )
     notifier.status("opening the image")
-    image = VtpmImage(PosixDisk(places.images(disk.target)), own.vtpms[0].uuid, manager)
+    image = VtpmImage(open_disk(places.images(disk.target)), own.vtpms[0].uuid, manager)
     memory = VolatileMemory(places.domain(own.name).journal, own.name)
     arguments = config.arguments
     has_maintenance = isinstance(arguments, VtpmArguments) and arguments.has_maintenance_commands
     commands = command_set(has_maintenance_commands=has_maintenance)
-    tpm = DurableTpm(image, profile=VTPM, commands=commands, memory=memory)
+    tpm = DurableTpm(image, profile=VTPM, commands=commands, memory=memory, is_nv_locked=True)
     if tpm.is_resumed:
         structlog.get_logger().info("went on where a killed process was")
     elif must_go_on:

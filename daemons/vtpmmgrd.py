@@ -23,8 +23,8 @@ import structlog
 import trio
 
 from daemons import logs, policy, settings
-from daemons.disk import PosixDisk
 from daemons.errors import ExitCode, Failure
+from daemons.faults.hooks import hooks_of
 from daemons.listeners import Kind, activated_or_listen
 from daemons.manager import sealing
 from daemons.manager.admission import Admission, Client, label_patterns
@@ -136,9 +136,10 @@ async def run(options: Options) -> None:
     notifier = Notifier.from_environment(os.environ)
     own = places.domain(options.domain)
     places.make_private(own.directory)
+    hooks = hooks_of(places, options.domain)
     secrets = ChipSecrets(owner_auth=setup.arguments.owner_auth, srk_auth=setup.arguments.srk_auth)
     with (
-        contextlib.closing(PosixDisk(setup.image)) as disk,
+        contextlib.closing(hooks.open_disk(setup.image)) as disk,
         _link(places, setup.arguments) as link,
     ):
         rng = SystemRng()
@@ -146,7 +147,8 @@ async def run(options: Options) -> None:
         vault, sealed = await _with_link(
             link, partial(open_vault, disk, chip, setup.wishes, notifier.status, rng)
         )
-        keeper = VaultKeeper(vault, partial(reopen_vault, setup.image))
+        reopen = partial(reopen_vault, setup.image, open_disk=hooks.open_disk)
+        keeper = VaultKeeper(vault, reopen)
         tell_count = partial(_tell_count, notifier, sealed)
         tell_count(len(vault))
         requests = Requests(keeper, chip, partial(_tell, notifier))
@@ -159,6 +161,7 @@ async def run(options: Options) -> None:
                 admission.admit,
                 settings=chosen.rings,
                 is_alive=partial(len, keeper),
+                wrap_socket=hooks.ring_socket,
             )
         finally:
             keeper.close()

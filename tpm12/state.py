@@ -11,7 +11,7 @@ specification's where it gives one. Invariants: those of `sections.py`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from protocol.constants import PCR_COUNT, ZERO_DIGEST, KeyHandleValue
@@ -294,10 +294,15 @@ class State:
     volatile: Volatile
 
 
-def factory_state() -> State:
-    """A TPM as it leaves the factory: enabled, active, without EK and owner, not powered on."""
+def factory_state(*, is_nv_locked: bool = False) -> State:
+    """A TPM as it leaves the factory: enabled, active, without EK and owner, not powered on.
+
+    Args:
+        is_nv_locked: The maker of the platform has made his NV areas and set nvLocked.
+    """
+    flags = replace(FACTORY_FLAGS, nv_locked=True) if is_nv_locked else FACTORY_FLAGS
     return State(
-        permanent=Permanent(),
+        permanent=Permanent(flags=flags),
         stclear=StClear(pcrs=dict.fromkeys(range(PCR_COUNT), ZERO_DIGEST)),
         stany=StAny(),
         volatile=Volatile(),

@@ -13,7 +13,21 @@ from typing import Annotated, Any, Final
 import typer
 from typer.core import TyperGroup
 
-from daemons.cli import demo, devices, domains, guests, image, pcrs, simulator, stack, status, tpm
+from daemons.cli import (
+    crashsweep,
+    demo,
+    devices,
+    doctor,
+    domains,
+    fault,
+    guests,
+    image,
+    pcrs,
+    simulator,
+    stack,
+    status,
+    tpm,
+)
 from daemons.cli.output import report
 from daemons.errors import Failure
 
@@ -44,6 +58,7 @@ def _new_app(**settings: Any) -> typer.Typer:  # noqa: ANN401 - passed through
 
 app = _new_app(name=PROGRAM, cls=_Group)
 image_app = _new_app(name="image")
+fault_app = _new_app(name="fault")
 tpm_app = _new_app(name="tpm")
 
 
@@ -61,6 +76,7 @@ def vtpm(
 app.command()(stack.up)
 app.command()(stack.down)
 app.command()(status.status)
+app.command()(doctor.doctor)
 app.command()(domains.create)
 app.command()(domains.destroy)
 app.command()(domains.shutdown)
@@ -80,6 +96,9 @@ app.command()(guests.shell)
 app.command("pcrs")(pcrs.show_pcrs)
 app.command("simulator")(simulator.as_typer_command())
 app.command()(demo.demo)
+app.command()(crashsweep.crashsweep)
+fault_app.command("run")(fault.run)
+app.add_typer(fault_app, name="fault", help="Faults on purpose.")
 tpm_app.callback()(tpm.select)
 for _command in tpm.COMMANDS:
     tpm_app.command()(_command)

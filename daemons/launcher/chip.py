@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Awaitable, Callable
-from typing import Protocol
+from typing import Final, Protocol
 
 import structlog
 import trio
@@ -27,6 +27,9 @@ from daemons.places import CHIP_NAME
 from daemons.registry import DomainRecord, Role
 
 log = structlog.get_logger()
+
+DEATH_HEARD_S: Final = 1.0
+"""How long the death of a process may take to be heard of, in seconds."""
 
 
 class Firmware(Protocol):
@@ -273,7 +276,10 @@ class Chip:
         try:
             await self._firmware.power_on(self._tell)
         except Failure as failure:
-            if self.supervisor.starts == start and self.supervisor.state is State.RUNNING:
+            # The link of a chip that died ends before its supervisor hears of it.
+            with trio.move_on_after(DEATH_HEARD_S):
+                await self._stack.until(lambda: not self._is_running_since(start))
+            if self._is_running_since(start):
                 log.warning("firmware failed", what=failure.what, why=failure.why)
                 self._firmware_failure = failure
             # Otherwise the chip died under the firmware; the supervisor knows why, and starts it
@@ -283,6 +289,9 @@ class Chip:
             note_power(self._stack.places)
         self._step = ""
         self._stack.changes.announce()
+
+    def _is_running_since(self, start: int) -> bool:
+        return self.supervisor.starts == start and self.supervisor.state is State.RUNNING
 
     def _tell(self, step: str) -> None:
         self._step = step

@@ -15,6 +15,7 @@ Leaves to others: the bytes (`vault.py`), the chip (`chip.py`, `chip_anchor.py`,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -129,10 +130,12 @@ def _seal(chip: Chip, wishes: Wishes, vault_id: bytes, vault_key: bytes) -> Seal
     )
 
 
-def reopen_vault(image: Path, failed: Vault) -> Vault:
+def reopen_vault(
+    image: Path, failed: Vault, *, open_disk: Callable[[Path], Disk] = PosixDisk
+) -> Vault:
     """Open the image again after its disk failed."""
     failed.close()
-    disk = PosixDisk(image)
+    disk = open_disk(image)
     try:
         vault = failed.reopened(disk)
     except BaseException:

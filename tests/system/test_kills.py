@@ -10,7 +10,10 @@ import threading
 import pytest
 
 from daemons.guest.tpm0_client import Tpm0Client
-from tests.system.belongings import NV_INDEX, Belongings
+from protocol.constants import CapabilityArea, Ordinal
+from protocol.structures import PermanentFlags
+from protocol.wire import decode
+from tests.system.belongings import Belongings
 from tests.system.measured_boot import boot_pcrs, sha1
 from tests.system.scratch_stack import (
     ALL,
@@ -29,6 +32,8 @@ READ_PCR_10 = bytes.fromhex("00c1 0000000e 00000015 0000000a")
 MARK = b"\x42" * 20
 MARKED = sha1(bytes(20) + MARK)
 RESTARTS_MAX = 2
+PRESENCE_BY_COMMAND = 0x20
+"""TPM_PHYSICAL_PRESENCE_CMD_ENABLE: a permanent flag, set without authorization."""
 
 
 def identity(stack, *names):
@@ -181,12 +186,12 @@ def test_permanent_change_waits_for_a_killed_manager(running):
     manager = running.pid(MANAGER)
     kill_and_wait(manager)
     with running.tpm(GUEST2) as tpm:
-        # An unowned TPM whose NV memory was never locked takes this without authorization.
-        tpm.nv_define_space(NV_INDEX, 8, attributes=1 << 17 | 1, owner_auth=None)
+        tpm.call(Ordinal.TSC_PHYSICAL_PRESENCE, physical_presence=PRESENCE_BY_COMMAND)
     running.until_running(*ALL, starts_after={MANAGER: manager})
     running.vtpm("reboot", GUEST2)  # with another start of its vTPM: what it has now is stored
     with running.tpm(GUEST2) as tpm:
-        assert NV_INDEX.to_bytes(4, "big") in tpm.get_capability(0x0D)
+        flags = tpm.get_capability(CapabilityArea.FLAG, bytes.fromhex("00000108"))
+        assert decode(PermanentFlags, flags).physical_presence_cmd_enable
 
 
 def test_killed_chip_is_a_pause_and_has_the_platform_s_measurements(running):

@@ -1,0 +1,1 @@
+"""Faults on purpose: what a plan may say, and how it reaches the daemons."""

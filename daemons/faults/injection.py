@@ -1,0 +1,253 @@
+"""Faults inside a daemon: at its messages and at the steps of its disk. Loaded only when asked for.
+
+Sockets and disks are wrapped, so a daemon without faults has none of this in its way. What happens
+is written to the log before it happens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from daemons.disk import Disk
+from daemons.errors import Failure
+from daemons.faults.hooks import LOCK_NAME, LOG_SUFFIX, PLAN_NAME
+from daemons.faults.page import DISK, RING, SENT, TIS, Page
+from daemons.faults.plan import PLAN_BYTES_MAX, Fault, What, parse_plan
+from daemons.faults.schedule import happens
+from daemons.private_files import read_checked
+
+SECTOR_BYTES: Final = 512
+
+
+class Injection:
+    """All hooks of one daemon.
+
+    Args:
+        directory: Where plan, lock and log are.
+        domain: The daemon's domain.
+        page: Descriptor of its page.
+    """
+
+    def __init__(self, directory: Path, domain: str, page: int) -> None:
+        self._directory = directory
+        self._domain = domain
+        self._page = Page(page)
+        self._turn = threading.Lock()
+        self._generation = 0
+        self._seed = 0
+        self._faults: tuple[Fault, ...] = ()
+        self._page.pid = os.getpid()
+
+    def is_wanted(self) -> bool:
+        """Tell whether the process that asked for faults still lives: it holds a lock."""
+        try:
+            lock = os.open(self._directory / LOCK_NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        else:
+            return False
+        finally:
+            os.close(lock)
+
+    def ring_socket(self, raw: socket.socket) -> socket.socket:
+        """Take the place of a ring's socket."""
+        return FaultySocket(raw, self, RING)
+
+    def tis_socket(self, raw: socket.socket) -> socket.socket:
+        """Take the place of a connection of the chip."""
+        return FaultySocket(raw, self, TIS)
+
+    def disk(self, disk: Disk) -> Disk:
+        """Take the place of a disk."""
+        return FaultyDisk(disk, self)
+
+    def next_fault(self, kind: str, *, is_sent: bool = False) -> Fault | None:
+        """Count a message or a step and say what happens at it; a kill has happened already."""
+        with self._turn:
+            generation = self._page.generation
+            if not generation:
+                return None
+            if generation != self._generation:
+                self._read_plan(generation)
+            number = self._page.count(kind)
+            sent_number = self._page.count(kind + SENT) if is_sent else 0
+            for fault in self._faults:
+                counted = sent_number if fault.what is What.LOST_RESPONSE else number
+                if fault.kind.value != kind or not counted:
+                    continue
+                if happens(fault, self._seed, counted) and self.is_wanted():
+                    self._tell(fault, counted)
+                    if fault.what is What.KILL:
+                        die()
+                    return fault
+        return None
+
+    def _read_plan(self, generation: int) -> None:
+        self._generation = generation
+        self._faults = ()
+        path = self._directory / PLAN_NAME
+        try:
+            plan = parse_plan(read_checked(path, PLAN_BYTES_MAX) or b"", str(path))
+        except Failure as failure:
+            structlog.get_logger().error(failure.what, why=failure.why)
+            return
+        self._seed, self._faults = plan.seed, plan.inside(self._domain)
+        structlog.get_logger().warning("faults are injected", faults=len(self._faults))
+
+    def _tell(self, fault: Fault, number: int) -> None:
+        line = {
+            "time": time.time(),
+            "fault": fault.number,
+            "where": str(fault.where),
+            "what": fault.what.value,
+            "operation": number,
+        }
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        with contextlib.suppress(OSError):  # a run log that cannot be written changes no fault
+            log = os.open(self._directory / f"{self._domain}{LOG_SUFFIX}", flags, 0o600)
+            try:
+                os.write(log, json.dumps(line).encode() + b"\n")
+            finally:
+                os.close(log)
+
+
+def die() -> None:
+    """End this process as `kill -9` does."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    signal.pause()  # for a process that is traced, and so not ended at once
+
+
+class FaultySocket(socket.socket):
+    """A connection whose messages meet faults, each one way or the other.
+
+    Args:
+        raw: The connection; it is taken over.
+        injection: Says what happens.
+        kind: Of the place.
+    """
+
+    def __init__(self, raw: socket.socket, injection: Injection, kind: str) -> None:
+        super().__init__(fileno=raw.detach())
+        self._injection = injection
+        self._kind = kind
+        self._again: deque[bytes] = deque()
+
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        """Receive a message, unless a fault has it otherwise."""
+        if self._again:
+            return self._again.popleft()
+        while message := super().recv(size, flags):
+            fault = self._injection.next_fault(self._kind)
+            if fault is None:
+                return message
+            if fault.what is What.DROP:
+                continue
+            if fault.what is What.DELAY:
+                time.sleep(fault.for_s)
+            elif fault.what is What.DUPLICATE:
+                self._again.append(message)
+            elif fault.what is What.CORRUPT:
+                return corrupted(message)
+            return message
+        return b""
+
+    def send(self, message: bytes, flags: int = 0) -> int:  # type: ignore[override]  # bytes only
+        """Send a message, unless a fault has it otherwise."""
+        fault = self._injection.next_fault(self._kind, is_sent=True)
+        what = fault.what if fault is not None else None
+        if what in {What.DROP, What.LOST_RESPONSE}:
+            return len(message)
+        if fault is not None and what is What.DELAY:
+            time.sleep(fault.for_s)
+        elif what is What.DUPLICATE:
+            super().send(message, flags)
+        elif what is What.CORRUPT:
+            message = corrupted(message)
+        return super().send(message, flags)
+
+
+def corrupted(message: bytes) -> bytes:
+    """Turn round one bit in the middle of a message."""
+    at = len(message) // 2
+    return message[:at] + bytes([message[at] ^ 0x10]) + message[at + 1 :]
+
+
+class FaultyDisk:
+    """A disk whose writes and syncs meet faults (see `Disk`).
+
+    Args:
+        disk: The real one.
+        injection: Says what happens.
+    """
+
+    def __init__(self, disk: Disk, injection: Injection) -> None:
+        self._disk = disk
+        self._injection = injection
+
+    @property
+    def name(self) -> str:
+        """As the real one's."""
+        return self._disk.name
+
+    @property
+    def size(self) -> int:
+        """As the real one's."""
+        return self._disk.size
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Read; reading meets no faults."""
+        return self._disk.read(offset, length)
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Write, unless a fault has it otherwise."""
+        fault = self._next_fault()
+        if fault is not None and fault.what is What.TORN_WRITE:
+            half = len(data) // 2
+            self._disk.write(offset, data[: half - half % SECTOR_BYTES or half])
+            die()
+        self._disk.write(offset, data)
+
+    def sync(self) -> None:
+        """Sync, unless a fault has it otherwise; at a sync there is nothing to tear."""
+        fault = self._next_fault()
+        if fault is not None and fault.what is What.TORN_WRITE:
+            die()
+        self._disk.sync()
+
+    def close(self) -> None:
+        """Close the real one."""
+        self._disk.close()
+
+    def _next_fault(self) -> Fault | None:
+        """Let the next fault happen that is the same for writes and syncs.
+
+        Raises:
+            OSError: The fault.
+        """
+        fault = self._injection.next_fault(DISK)
+        if fault is None:
+            return None
+        if fault.what is What.DELAY:
+            time.sleep(fault.for_s)
+        elif fault.what is What.IO_ERROR:
+            raise OSError(errno.EIO, "an I/O error on purpose", self.name)
+        elif fault.what is What.DISK_FULL:
+            raise OSError(errno.ENOSPC, "a full disk on purpose", self.name)
+        return fault

@@ -1,0 +1,309 @@
+"""A plan applied to a stack that runs: faults of processes from here, all others in the daemons."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
+
+from daemons.errors import ExitCode, Failure
+from daemons.faults.control import FaultControl, Line
+from daemons.faults.plan import LAUNCHER, Fault, FaultPlan, Kind, PlanError, What
+from daemons.faults.schedule import Due, schedule
+from daemons.guest.tpm0_client import Tpm0Client
+from daemons.launcher.processes import is_alive, send_signal
+from daemons.places import CHIP_NAME, DOMAIN0_NAME, Places
+from daemons.registry import Registry, Role
+
+HEALTHY_S: Final = 60.0
+"""How long a stack may take to be whole again after the last fault."""
+ANSWER_S: Final = 20.0
+"""How long a guest's TPM may take to answer at the end."""
+LOOK_AGAIN_S: Final = 0.02
+PCR_READ: Final = bytes.fromhex("00c1 0000000e 00000015 00000000")
+ROLES: Final = {
+    Kind.RING: {Role.MANAGER.value, Role.VTPM.value},
+    Kind.DISK: {Role.MANAGER.value, Role.VTPM.value, Role.HWTPM.value},
+}
+"""Who has a place of these kinds; processes have all, and TIS is the chip's."""
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Injected:
+    """A line of the run log.
+
+    Attributes:
+        at_s: Seconds after the start of the run.
+        fault: Number in the plan.
+        where: The place.
+        what: The fault, or "continue" for the end of a stop.
+        operation: Which message or step it was; 0 for a fault of a process.
+        note: Why it was not done, if it was not.
+    """
+
+    at_s: float
+    fault: int
+    where: str
+    what: str
+    operation: int = 0
+    note: str = ""
+
+    def as_json(self) -> dict[str, object]:
+        """The line for programs."""
+        return {
+            "at_s": round(self.at_s, 4),
+            **{k: v for k, v in asdict(self).items() if k != "at_s"},
+        }
+
+    def __str__(self) -> str:
+        operation = f", operation {self.operation}" if self.operation else ""
+        note = f": {self.note}" if self.note else ""
+        return f"{self.at_s:8.3f} s  fault {self.fault}: {self.what} {self.where}{operation}{note}"
+
+
+@dataclass(slots=True, kw_only=True)
+class FaultRun:
+    """One run of a plan.
+
+    Attributes:
+        places: Of the installation.
+        ask: Calls a method of the launcher.
+        revive: Starts a launcher that was killed, as `vtpm up` does.
+        tell: Called with each line of the run log.
+        step: Called with what is being done.
+        injected: The run log.
+    """
+
+    places: Places
+    ask: Callable[[str], Any]
+    revive: Callable[[], None]
+    tell: Callable[[Injected], None]
+    step: Callable[[str], None]
+    injected: list[Injected] = field(default_factory=list)
+    _before: dict[str, Row] = field(default_factory=dict)
+    _begun: float = 0.0
+    _begun_at: float = 0.0
+    _stopped: dict[int, tuple[int, int]] = field(default_factory=dict)
+
+    def run(self, plan: FaultPlan, content: bytes, name: str, for_s: float) -> list[str]:
+        """Apply a plan.
+
+        Args:
+            plan: What to do.
+            content: Its file, as the daemons get it.
+            name: What messages call it.
+            for_s: How long, in seconds.
+
+        Returns:
+            What is not as it was; nothing, if the stack is whole and nobody has lost anything.
+
+        Raises:
+            Failure: The plan does not fit this stack, or the stack was not whole before.
+        """
+        self._before = self._rows()
+        self._check(plan, name)
+        domains = {fault.where.domain for fault in plan.hooked}
+        with FaultControl(self.places, domains) as control:
+            for domain in sorted(domains):
+                self._give_hooks(control, domain)
+            control.arm(content)
+            with contextlib.suppress(KeyboardInterrupt):
+                self._inject(plan, for_s, control)
+            self._continue_all()
+            control.disarm()
+            self._tell_lines(control.new_lines())
+        return self._problems()
+
+    # -- before
+
+    def _check(self, plan: FaultPlan, name: str) -> None:
+        for fault in plan.faults:
+            row = self._before.get(fault.where.domain)
+            if row is None:
+                raise PlanError(
+                    name,
+                    f"[[fault]] number {fault.number}: there is no {fault.where.domain} here, but "
+                    + ", ".join(self._before),
+                )
+            has_it = ROLES.get(fault.kind)
+            if has_it is not None and row["role"] not in has_it:
+                raise PlanError(
+                    name, f"[[fault]] number {fault.number}: {fault.where.domain} has no such place"
+                )
+        unwell = [f"{n} is {row['state']}" for n, row in self._before.items() if not _is_well(row)]
+        if unwell:
+            raise Failure(
+                "no faults are injected",
+                why=f"the stack is not whole: {', '.join(unwell)}",
+                next_step="vtpm status",
+                exit_code=ExitCode.UNAVAILABLE,
+            )
+
+    def _give_hooks(self, control: FaultControl, domain: str) -> None:
+        """Start a daemon anew, as after a crash, so that it finds its page."""
+        record = Registry(self.places.registry).get(domain)
+        if record is None or record.uid != os.geteuid():
+            raise Failure(
+                f"no faults are injected into {domain}",
+                why="it runs as another user, who cannot reach what this one writes",
+                next_step="Use faults of processes, or a stack of your own: vtpm up",
+                exit_code=ExitCode.NO_PERMISSION,
+            )
+        self.step(f"{domain}: killed once, to start with hooks")
+        self._signal(domain, signal.SIGKILL)
+
+        def is_there() -> bool:
+            row = self._rows().get(domain)
+            return row is not None and _is_well(row) and control.has_hooks(domain, row["pid"])
+
+        if not _wait(is_there):
+            raise Failure(
+                f"no faults are injected into {domain}",
+                why="it has not come back with hooks after it was killed",
+                next_step=f"Look at {self.places.domain(domain).log}",
+                exit_code=ExitCode.UNAVAILABLE,
+            )
+
+    # -- the run
+
+    def _inject(self, plan: FaultPlan, for_s: float, control: FaultControl) -> None:
+        self._begun, self._begun_at = time.monotonic(), time.time()
+        faults = {fault.number: fault for fault in plan.faults}
+        due = deque(schedule(plan, for_s))
+        self.step(f"injecting for {for_s:g} s")
+        while due or self._passed_s() < for_s:
+            while due and due[0].at_s <= self._passed_s():
+                self._do(due[0], faults[due.popleft().number])
+            self._tell_lines(control.new_lines())
+            time.sleep(LOOK_AGAIN_S)
+
+    def _do(self, due: Due, fault: Fault) -> None:
+        name = fault.where.domain
+        note = ""
+        if due.is_end:
+            self._continue(fault.number)
+            what = "continue"
+        elif fault.what is What.STOP:
+            what = fault.what.value
+            process = self._signal(name, signal.SIGSTOP)
+            if process is not None:
+                self._stopped[fault.number] = process
+            note = "" if process is not None else "not done, it has no process now"
+        else:
+            what = fault.what.value
+            process = self._signal(name, signal.SIGKILL)
+            if process is None:
+                note = "not done, it has no process now"
+            elif name == LAUNCHER:
+                _wait(lambda: not is_alive(*process))
+        at_s = self._passed_s()
+        self._add(
+            Injected(at_s=at_s, fault=fault.number, where=str(fault.where), what=what, note=note)
+        )
+        if name == LAUNCHER and fault.what is What.KILL:
+            self.revive()
+
+    def _signal(self, name: str, number: signal.Signals) -> tuple[int, int] | None:
+        """Send a signal to a domain's process; which it was, None if there was none."""
+        record = Registry(self.places.registry).get(_record_name(name))
+        if record is None or record.pid is None or record.start_time is None:
+            return None
+        is_sent = send_signal(record.pid, record.start_time, number)
+        return (record.pid, record.start_time) if is_sent else None
+
+    def _continue(self, number: int) -> None:
+        process = self._stopped.pop(number, None)
+        if process is not None:
+            send_signal(*process, signal.SIGCONT)
+
+    def _continue_all(self) -> None:
+        for number in list(self._stopped):
+            self._continue(number)
+
+    def _tell_lines(self, lines: list[Line]) -> None:
+        for line in lines:
+            self._add(
+                Injected(
+                    at_s=max(0.0, line["time"] - self._begun_at),
+                    fault=line["fault"],
+                    where=line["where"],
+                    what=line["what"],
+                    operation=line["operation"],
+                )
+            )
+
+    def _add(self, injected: Injected) -> None:
+        self.injected.append(injected)
+        self.tell(injected)
+
+    def _passed_s(self) -> float:
+        return time.monotonic() - self._begun
+
+    # -- after
+
+    def _problems(self) -> list[str]:
+        self.step("waiting for the stack to be whole")
+        _wait(self._is_whole)
+        after = self._rows()
+        problems = []
+        for name, before in self._before.items():
+            row = after.get(name)
+            if row is None:
+                problems.append(f"{name} is gone")
+            elif not _is_well(row):
+                problems.append(f"{name} is {row['state']}")
+            elif row["role"] == Role.GUEST.value and row["domid"] != before["domid"]:
+                problems.append(f"{name} has booted again, with its vTPM reset: its programs ended")
+            elif row["role"] == Role.GUEST.value and row["vtpms"] and not self._answers(name):
+                problems.append(f"the TPM of {name} does not answer")
+        return problems
+
+    def _is_whole(self) -> bool:
+        registry = Registry(self.places.registry)
+        for name in self._before:  # the launcher may not have heard yet of one that has just died
+            record = registry.get(_record_name(name))
+            if record is None or record.pid is None or record.start_time is None:
+                return False
+            if not is_alive(record.pid, record.start_time):
+                return False
+        rows = self._rows()
+        return all(name in rows and _is_well(rows[name]) for name in self._before)
+
+    def _answers(self, guest: str) -> bool:
+        tpm0 = self.places.domain(guest).tpm0
+        try:
+            with Tpm0Client(tpm0, answer_s=ANSWER_S) as device:
+                return device.exchange(PCR_READ)[6:10] == bytes(4)
+        except (Failure, OSError):
+            return False
+
+    def _rows(self) -> dict[str, Row]:
+        answer = self.ask("status")
+        rows = {row["name"]: row for row in answer["domains"]}
+        launcher, chip = answer["launcher"], answer["chip"]
+        return {LAUNCHER: launcher, CHIP_NAME: chip, **rows}
+
+
+def _record_name(name: str) -> str:
+    return DOMAIN0_NAME if name == LAUNCHER else name
+
+
+def _is_well(row: Row) -> bool:
+    return row["state"] == "running" and row["pid"] is not None
+
+
+def _wait(is_so: Callable[[], bool], patience_s: float = HEALTHY_S) -> bool:
+    """Look again and again; other processes do not tell us."""
+    deadline = time.monotonic() + patience_s
+    while not is_so():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(LOOK_AGAIN_S)
+    return True

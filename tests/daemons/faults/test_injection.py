@@ -1,0 +1,296 @@
+"""Faults inside a daemon: they reach it only from its owner, and happen where the plan says."""
+
+import errno
+import os
+import signal
+import socket
+from types import SimpleNamespace
+
+import pytest
+
+from daemons.disk import PosixDisk
+from daemons.errors import ExitCode, Failure
+from daemons.faults.control import FaultControl
+from daemons.faults.hooks import NO_HOOKS, directory_of, hooks_of
+from daemons.places import Places
+
+DOMAIN = "vtpm-guest1"
+IMAGE_BYTES = 8192
+
+
+@pytest.fixture
+def places(tmp_path):
+    made = Places(tmp_path)
+    made.prepare()
+    return made
+
+
+@pytest.fixture
+def control(places):
+    with FaultControl(places, [DOMAIN, "hwtpm"]) as made:
+        yield made
+
+
+def fault(where, what, more="nth = 2"):
+    return f'[[fault]]\nwhere = "{where}"\nwhat = "{what}"\n{more}\n'.encode()
+
+
+@pytest.fixture
+def ring(places, control):  # noqa: ARG001 - it has to be there first
+    """A ring whose backend has hooks."""
+    backend, frontend = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    faulty = hooks_of(places, DOMAIN).ring_socket(backend)
+    faulty.settimeout(5)
+    frontend.settimeout(5)
+    yield SimpleNamespace(backend=faulty, frontend=frontend)
+    faulty.close()
+    frontend.close()
+
+
+@pytest.fixture
+def image(tmp_path):
+    path = tmp_path / "image"
+    path.write_bytes(bytes(IMAGE_BYTES))
+    path.chmod(0o600)
+    return path
+
+
+def in_a_child(work):
+    """Do something in a process of its own; how that ended."""
+    child = os.fork()
+    if not child:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+# -- who can reach a daemon ------------------------------------------------------------------------
+
+
+def test_a_daemon_has_no_hooks_unless_asked_for(places):
+    assert hooks_of(places, DOMAIN) is NO_HOOKS
+    assert NO_HOOKS.open_disk is PosixDisk
+    assert NO_HOOKS.ring_socket is None
+    assert NO_HOOKS.tis_socket is None
+
+
+@pytest.mark.usefixtures("control")
+def test_only_the_domains_asked_for_have_hooks(places):
+    assert hooks_of(places, DOMAIN) is not NO_HOOKS
+    assert hooks_of(places, "vtpm-guest2") is NO_HOOKS
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o602, 0o660])
+@pytest.mark.usefixtures("control")
+def test_a_page_that_others_may_touch_is_not_used(places, mode):
+    (directory_of(places) / f"{DOMAIN}.page").chmod(mode)
+    assert hooks_of(places, DOMAIN) is NO_HOOKS
+
+
+@pytest.mark.usefixtures("control")
+def test_a_directory_that_others_may_touch_is_not_used(places):
+    directory_of(places).chmod(0o755)
+    assert hooks_of(places, DOMAIN) is NO_HOOKS
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+@pytest.mark.usefixtures("control")
+def test_a_page_of_somebody_else_is_not_used(places):
+    os.chown(directory_of(places) / f"{DOMAIN}.page", 4711, -1)
+    assert hooks_of(places, DOMAIN) is NO_HOOKS
+
+
+@pytest.mark.usefixtures("control")
+def test_a_link_in_the_place_of_the_page_is_not_followed(places):
+    page = directory_of(places) / f"{DOMAIN}.page"
+    page.rename(page.with_name("elsewhere"))
+    page.symlink_to("elsewhere")
+    assert hooks_of(places, DOMAIN) is NO_HOOKS
+
+
+@pytest.mark.usefixtures("control")
+def test_a_page_of_another_size_is_not_used(places):
+    os.truncate(directory_of(places) / f"{DOMAIN}.page", 100)
+    assert hooks_of(places, DOMAIN) is NO_HOOKS
+
+
+def test_what_an_ended_process_has_left_is_not_used(places):
+    def ask_for_faults():
+        FaultControl(places, [DOMAIN]).arm(fault(f"ring {DOMAIN}", "drop"))
+        os._exit(0)
+
+    in_a_child(ask_for_faults)
+    assert (directory_of(places) / f"{DOMAIN}.page").exists()
+    assert hooks_of(places, DOMAIN) is NO_HOOKS
+
+
+@pytest.mark.usefixtures("control")
+def test_two_cannot_inject_at_the_same_time(places):
+    with pytest.raises(Failure, match="another process does so") as refused:
+        FaultControl(places, [DOMAIN])
+    assert refused.value.exit_code is ExitCode.UNAVAILABLE
+
+
+def test_nothing_is_left_and_nothing_happens_any_more(places):
+    backend, frontend = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with FaultControl(places, [DOMAIN]) as control:
+        faulty = hooks_of(places, DOMAIN).ring_socket(backend)
+        control.arm(fault(f"ring {DOMAIN}", "drop", "probability = 1"))
+    assert not directory_of(places).exists()
+    with faulty, frontend:
+        faulty.send(b"whole")
+        assert frontend.recv(10) == b"whole"
+
+
+# -- messages --------------------------------------------------------------------------------------
+
+
+def test_without_a_plan_messages_pass_and_are_not_counted(control, ring):
+    ring.frontend.send(b"one")
+    assert ring.backend.recv(10) == b"one"
+    assert control.counted(DOMAIN, "ring") == 0
+
+
+def test_messages_of_both_directions_count(control, ring):
+    control.arm(b"")
+    ring.frontend.send(b"one")
+    ring.backend.recv(10)
+    ring.backend.send(b"two")
+    assert control.counted(DOMAIN, "ring") == 2
+    assert control.counted(DOMAIN, "ring sent") == 1
+    control.arm(b"")
+    assert control.counted(DOMAIN, "ring") == 0
+
+
+def received(ring, *messages):
+    for message in messages:
+        ring.frontend.send(message)
+    ring.frontend.shutdown(socket.SHUT_WR)
+    return [*iter(lambda: ring.backend.recv(10), b"")]
+
+
+@pytest.mark.parametrize(
+    ("what", "expected"),
+    [
+        ("drop", [b"one", b"three"]),
+        ("duplicate", [b"one", b"two", b"two", b"three"]),
+        ("corrupt", [b"one", b"tgo", b"three"]),
+    ],
+)
+def test_a_received_message_meets_its_fault(control, ring, what, expected):
+    control.arm(fault(f"ring {DOMAIN}", what))
+    assert received(ring, b"one", b"two", b"three") == expected
+    (line,) = control.new_lines()
+    assert (line["where"], line["what"], line["operation"]) == (f"ring {DOMAIN}", what, 2)
+    assert control.new_lines() == []
+
+
+@pytest.mark.parametrize(
+    ("what", "expected"),
+    [
+        ("drop", [b"one", b"three"]),
+        ("lost-response", [b"one", b"three"]),
+        ("duplicate", [b"one", b"two", b"two", b"three"]),
+        ("corrupt", [b"one", b"tgo", b"three"]),
+    ],
+)
+def test_a_sent_message_meets_its_fault(control, ring, what, expected):
+    control.arm(fault(f"ring {DOMAIN}", what))
+    for message in (b"one", b"two", b"three"):
+        assert ring.backend.send(message) == len(message)
+    ring.backend.shutdown(socket.SHUT_WR)
+    assert [*iter(lambda: ring.frontend.recv(10), b"")] == expected
+
+
+def test_a_lost_response_is_never_a_request(control, ring):
+    control.arm(fault(f"ring {DOMAIN}", "lost-response", "probability = 1"))
+    assert received(ring, b"one", b"two") == [b"one", b"two"]
+
+
+def test_a_fault_of_another_place_or_domain_does_not_happen(control, ring):
+    others = [f"disk {DOMAIN}", "tis", "ring vtpm-guest2"]
+    control.arm(b"".join(fault(w, "kill", "probability = 1") for w in others))
+    assert received(ring, b"one", b"two") == [b"one", b"two"]
+
+
+def test_a_plan_written_anew_counts_anew(control, ring):
+    control.arm(fault(f"ring {DOMAIN}", "drop"))
+    ring.frontend.send(b"one")
+    ring.backend.recv(10)
+    control.arm(fault(f"ring {DOMAIN}", "corrupt"))
+    assert received(ring, b"two", b"six") == [b"two", b"syx"]
+
+
+def test_a_plan_that_cannot_be_read_does_nothing(control, ring):
+    control.arm(b"[[fault]]\nwhat = 1\n")
+    assert received(ring, b"one", b"two") == [b"one", b"two"]
+
+
+def test_a_kill_happens_at_its_message_and_once(places, control):
+    control.arm(fault(f"ring {DOMAIN}", "kill", "nth = 3"))
+
+    def serve():
+        backend, frontend = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        faulty = hooks_of(places, DOMAIN).ring_socket(backend)
+        for _ in range(5):
+            frontend.send(b"request")
+            faulty.recv(10)
+
+    assert in_a_child(serve) == -signal.SIGKILL
+    assert control.counted(DOMAIN, "ring") == 3
+    assert in_a_child(serve) == 0, "the one that follows is not killed for the same message"
+    assert control.counted(DOMAIN, "ring") == 8
+    assert [line["operation"] for line in control.new_lines()] == [3]
+
+
+# -- disks -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def disk(places, control, image):  # noqa: ARG001 - it has to be there first
+    faulty = hooks_of(places, DOMAIN).open_disk(image)
+    yield faulty
+    faulty.close()
+
+
+def test_a_disk_without_faults_is_the_disk(disk, image):
+    disk.write(10, b"abc")
+    disk.sync()
+    assert (disk.name, disk.size, disk.read(10, 3)) == (str(image), IMAGE_BYTES, b"abc")
+    assert image.read_bytes()[10:13] == b"abc"
+
+
+@pytest.mark.parametrize(("what", "number"), [("io-error", errno.EIO), ("disk-full", errno.ENOSPC)])
+def test_a_disk_fails_before_it_does_anything(control, disk, image, what, number):
+    control.arm(fault(f"disk {DOMAIN}", what, "nth = 3"))
+    disk.write(0, b"one")
+    disk.sync()
+    with pytest.raises(OSError, match="on purpose") as failed:
+        disk.write(0, b"two")
+    assert failed.value.errno == number
+    assert image.read_bytes()[:3] == b"one"
+    assert control.counted(DOMAIN, "disk") == 3
+
+
+@pytest.mark.parametrize(
+    ("plan", "written"),
+    [
+        (fault(f"disk {DOMAIN}", "kill", "nth = 2"), b"a" * 4096),
+        (fault(f"disk {DOMAIN}", "torn-write", "nth = 3"), b"b" * 2048 + b"a" * 2048),
+        (fault(f"disk {DOMAIN}", "kill", "nth = 4"), b"b" * 4096),
+    ],
+    ids=["kill", "torn-write", "kill at a sync"],
+)
+def test_a_process_dies_at_a_step_of_its_disk(places, control, image, plan, written):
+    control.arm(plan)
+
+    def save():
+        disk = hooks_of(places, DOMAIN).open_disk(image)
+        for letter in (b"a", b"b"):
+            disk.write(0, letter * 4096)
+            disk.sync()
+
+    assert in_a_child(save) == -signal.SIGKILL
+    assert image.read_bytes()[:4096] == written
