@@ -3,7 +3,7 @@
 Run by systemd at boot and at each `systemctl daemon-reload`. For each file of etc/vtpm/domains the
 target wants its unit; a guest's unit wants its vTPM and may reach its ring; a unit that keeps an
 image may write that file, and nothing else. A file that cannot be used is told of, and left out:
-its unit says why when somebody starts it.
+its unit says why when somebody starts it. A vTPM may be called by its guest's name, too.
 
 Spec: systemd.generator(7).
 """
@@ -24,6 +24,27 @@ from daemons.xl.domain_config import STATE_DISK, DomainConfig
 
 TARGET: Final = "vtpm-stack.target"
 DROP_IN: Final = "50-config-file.conf"
+
+_STAND_IN: Final = """# Written by vtpm-systemd generate.
+[Unit]
+Description=The vTPM of {guest}: {vtpm}
+Requires={vtpm}
+BindsTo={vtpm}
+After={vtpm}
+PropagatesStopTo={vtpm}
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=/bin/true
+User=nobody
+NoNewPrivileges=yes
+CapabilityBoundingSet=
+ProtectSystem=strict
+ProtectHome=yes
+PrivateNetwork=yes
+SystemCallFilter=@system-service
+"""
 
 _TEMPLATE: Final = re.compile(r"(.*@)[^.]*(\..*)")
 
@@ -51,7 +72,19 @@ def generate(places: Places, directory: Path) -> list[Failure]:
         below = directory / f"{unit}.service.d"
         below.mkdir(parents=True, exist_ok=True)
         (below / DROP_IN).write_text(drop_in, "utf-8")
+        if config.role is Role.GUEST and config.vtpms:
+            stand_in = f"{unit_of(config.name, Role.VTPM)}.service"
+            (directory / stand_in).write_text(_stand_in(config), "utf-8")
     return failures
+
+
+def _stand_in(config: DomainConfig) -> str:
+    """A unit by which the vTPM of a guest is started and stopped under the guest's name.
+
+    No alias: systemd has none from one instance of a template to another.
+    """
+    vtpm = f"{unit_of(config.vtpms[0].backend, Role.VTPM)}.service"
+    return _STAND_IN.format(guest=config.name, vtpm=vtpm)
 
 
 def _drop_in(places: Places, config: DomainConfig) -> str:

@@ -86,6 +86,16 @@ def test_a_domain_starts_with_what_it_needs_and_nothing_else(stack):
     assert not any(stack.is_active(unit) for unit in SERVICES if unit not in {CHIP, MANAGER, VTPM1})
 
 
+def test_the_vtpm_of_a_guest_starts_and_stops_by_its_guest_s_name(stack):
+    stack.stop()
+    stack.systemctl("start", "vtpm@guest1.service")
+    assert stack.is_active(CHIP, MANAGER, VTPM1, "vtpm-platform.service")
+    assert not any(stack.is_active(unit) for unit in SERVICES if unit not in {CHIP, MANAGER, VTPM1})
+    stack.systemctl("stop", "vtpm@guest1.service")
+    assert not stack.is_active(VTPM1)
+    assert stack.is_active(CHIP, MANAGER)
+
+
 # -- who may do what -------------------------------------------------------------------------------
 
 _CONNECT = """
