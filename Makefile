@@ -5,6 +5,7 @@
 #   make install        programs and units below PREFIX (/usr/local), or DESTDIR/PREFIX for a package
 # For developers:
 #   make lint           style, types, direction of imports (make -k lint: all of them, also after a failure)
+#   make coverage       all tests, and which branches of the pure packages they reach
 #   make bench          the stack against swtpm
 #   make conformance    write docs/conformance.md anew
 #   make clean          remove what these made
@@ -24,6 +25,10 @@ test: for-developers
 
 install: for-users
 	.venv/bin/python systemd/install.py --prefix "$(PREFIX)" --destdir "$(DESTDIR)"
+
+# A third slower than test, and so not what CI runs.
+coverage: for-developers
+	.venv/bin/python -m pytest $(PYTEST_ARGS) --cov --cov-report=term-missing
 
 lint: style types layering
 
