@@ -15,7 +15,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 PREFIX ?= /usr/local
 DESTDIR ?=
 
-.PHONY: demo test install lint style types layering bench conformance clean for-users for-developers
+.PHONY: demo test coverage install lint style types layering bench conformance clean for-users for-developers
 
 demo: for-users
 	@.venv/bin/vtpm demo
