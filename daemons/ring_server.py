@@ -18,7 +18,7 @@ import contextlib
 import secrets
 import socket
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import partial
@@ -120,7 +120,7 @@ class RingBackend(Protocol):
 class ResponseStore(Protocol):
     """Remembers the last response of each ring, so that no command runs twice.
 
-    A backend with a journal implements this over it; then `memory` and all else outlive a crash.
+    A backend with a journal begins with what that remembers, under the same name of its `memory`.
     Calls come from worker threads and never overlap with each other or with the backend's.
     """
 
@@ -139,11 +139,19 @@ class ResponseStore(Protocol):
 
 
 class ResponsesInMemory:
-    """A store that a crash empties, and that says so by its name."""
+    """A store that a crash empties, and that says so by its name.
 
-    def __init__(self) -> None:
-        self.memory = secrets.token_hex(8)
-        self._last: dict[str, tuple[int, bytes]] = {}
+    Args:
+        memory: The name; a new one when None.
+        last: What a process before this one remembered, under that name: number and response of
+            each ring.
+    """
+
+    def __init__(
+        self, memory: str | None = None, last: Mapping[str, tuple[int, bytes]] | None = None
+    ) -> None:
+        self.memory = memory or secrets.token_hex(8)
+        self._last = dict(last or {})
 
     def last_sequence(self, ring_id: str) -> int:
         """See `ResponseStore`."""

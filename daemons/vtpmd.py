@@ -38,7 +38,7 @@ from daemons.vtpm.backend import VtpmBackend
 from daemons.vtpm.command_set import command_set
 from daemons.vtpm.image import VtpmImage
 from daemons.vtpm.manager_link import ManagerLink
-from daemons.vtpm.remembered_responses import RememberedResponses
+from daemons.vtpm.remembered_responses import remembered_responses
 from daemons.xl.domain_arguments import StartupType as StartupArgument
 from daemons.xl.domain_arguments import VtpmArguments
 from daemons.xl.domain_config import STATE_DISK, DomainConfig, read_domain
@@ -136,12 +136,11 @@ async def _run(options: Options) -> None:
         notifier.status("serving")
         rules = policy.load(places.policy)
         admit = partial(_admit, registry, rules, own.name)
-        responses = RememberedResponses(tpm)
         await serve_rings(
             listener,
             backend,
             admit,
-            responses=responses,
+            responses=remembered_responses(tpm),
             settings=chosen.rings,
             is_alive=partial(tpm.execute, NO_COMMAND, 0),
             wrap_socket=hooks.ring_socket,

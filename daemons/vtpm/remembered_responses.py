@@ -12,6 +12,7 @@ import struct
 from typing import Final
 
 from daemons.durable_tpm import DurableTpm
+from daemons.ring_server import ResponsesInMemory
 
 _SEQUENCE: Final = struct.Struct("<Q")
 _MEMORY: Final = "memory"
@@ -23,33 +24,17 @@ def note(ring_id: str, sequence: int, response: bytes) -> dict[str, bytes]:
     return {_RING + ring_id: _SEQUENCE.pack(sequence) + response}
 
 
-class RememberedResponses:
-    """A `ResponseStore` over a TPM's notes.
+def remembered_responses(tpm: DurableTpm) -> ResponsesInMemory:
+    """What a killed process remembered, to go on from. New ones go to the journal by `note`.
 
     Args:
         tpm: The TPM, powered on or resumed, with a memory.
     """
-
-    def __init__(self, tpm: DurableTpm) -> None:
-        self._tpm = tpm
-        if _MEMORY not in tpm.notes:
-            tpm.remember({_MEMORY: secrets.token_bytes(8)})
-        self.memory = tpm.notes[_MEMORY].hex()
-        self._last: dict[str, tuple[int, bytes]] = {
-            name.removeprefix(_RING): (_SEQUENCE.unpack_from(value)[0], value[_SEQUENCE.size :])
-            for name, value in tpm.notes.items()
-            if name.startswith(_RING)
-        }
-
-    def last_sequence(self, ring_id: str) -> int:
-        """See `ResponseStore`."""
-        return self._last.get(ring_id, (0, b""))[0]
-
-    def get(self, ring_id: str, sequence: int) -> bytes | None:
-        """See `ResponseStore`."""
-        last_sequence, response = self._last.get(ring_id, (0, b""))
-        return response if sequence == last_sequence else None
-
-    def put(self, ring_id: str, sequence: int, response: bytes) -> None:
-        """See `ResponseStore`; the journal has it already, if it must."""
-        self._last[ring_id] = (sequence, response)
+    if _MEMORY not in tpm.notes:
+        tpm.remember({_MEMORY: secrets.token_bytes(8)})
+    last: dict[str, tuple[int, bytes]] = {
+        name.removeprefix(_RING): (_SEQUENCE.unpack_from(value)[0], value[_SEQUENCE.size :])
+        for name, value in tpm.notes.items()
+        if name.startswith(_RING)
+    }
+    return ResponsesInMemory(tpm.notes[_MEMORY].hex(), last)
