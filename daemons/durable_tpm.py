@@ -39,7 +39,7 @@ from protocol.structures import KeyParms, RsaKeyParms
 from protocol.wire import encode
 from tpm12.crypto import RsaKeyGenerator
 from tpm12.dispatch import Command
-from tpm12.engine import Engine, Outcome
+from tpm12.engine import Engine, Outcome, error_response
 from tpm12.ports import KeyGenerator, StirrableRng
 from tpm12.profile import Profile
 from tpm12.state import Permanent, State, factory_state
@@ -194,9 +194,11 @@ class DurableTpm:
     def power_on(self) -> None:
         """TPM_Init."""
         state = self._engine.power_on().state
-        if self._memory is not None and not self._memory.is_kept:
+        if self._memory is None or self._memory.is_kept:
+            self._keep(state)
+        else:
             self._memory.begin(state)
-        self._keep(state)
+            self._engine.state = state
 
     def power_off(self) -> None:
         """The power goes: what the memory has is true no longer."""
@@ -300,7 +302,7 @@ class DurableTpm:
     def _store_then_keep(self, outcome: Outcome, notes: NotesOf | None) -> bytes:
         if self._is_stored(outcome, notes(outcome.response) if notes else NO_NOTES):
             return outcome.response
-        return self._engine.refuse(outcome)
+        return error_response(ReturnCode.IOERROR)
 
     def _is_stored(self, outcome: Outcome, notes: Notes) -> bool:
         """Store a permanent change and make it the TPM's; False: neither."""

@@ -3,7 +3,7 @@
 `Engine.execute` reads as the list of steps: header; ordinal; operands; gates; sessions; handles;
 authorization; the handler on a draft of the state; the response. Nothing is kept until the caller
 says so with `keep()`: a caller that has to make a change durable first does that in between, and
-answers `refuse()` when it could not.
+does not say so when it could not.
 
 Source: TPM Main r116 Part 1 (command flow), Part 3 §1; order of checks as real TPMs have it:
 malformed operands are reported before the state of the TPM is.
@@ -128,7 +128,7 @@ class Engine:
             locality: Of the requester, 0 to 4; the transport answers for it.
 
         Returns:
-            The outcome, not kept yet: see `keep()` and `refuse()`.
+            The outcome, not kept yet: see `keep()`. Who does not keep it has not run the command.
         """
         before = self.state
         size = len(request)
@@ -210,11 +210,6 @@ class Engine:
     def keep(self, outcome: Outcome) -> None:
         """Make the outcome's state the TPM's."""
         self.state = outcome.state
-
-    def refuse(self, outcome: Outcome, code: ReturnCode = ReturnCode.IOERROR) -> bytes:
-        """Answer for a command whose change could not be made durable; the state stays."""
-        del outcome
-        return _ERROR[code]
 
     def _run_wrapped(self, tpm: Tpm, request: bytes, wrapping: Wrapping) -> bytes:
         """Run a command that came inside another one, on the other's draft."""
