@@ -10,18 +10,17 @@ that cannot boot leaves no trace in any PCR; tpm0 is there only after the guest 
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Final, TypeVar
 
 import structlog
 import trio
 
 from daemons import logs, settings
+from daemons.domain_options import DomainOptions, parse_domain_options
 from daemons.errors import ExitCode, Failure
 from daemons.guest import loader
 from daemons.guest.boot_image import BootImage
@@ -50,15 +49,6 @@ T = TypeVar("T")
 
 class NotBooted(Failure):
     """The guest did not come to run its kernel."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """Arguments of the process."""
-
-    root: Path
-    domain: str
-    config: Path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -269,17 +259,7 @@ async def _nobody(_connection: object) -> None:
     """Serve no connection: there is no listener that could bring one."""
 
 
-def parse_options(argv: list[str] | None) -> Options:
-    """Read the arguments, as the launcher and the units give them."""
-    parser = argparse.ArgumentParser(prog=PROGRAM, description="One guest of the vTPM stack.")
-    parser.add_argument("--root", type=Path, required=True, help="directory of the installation")
-    parser.add_argument("--domain", required=True, help="name of the guest")
-    parser.add_argument("--config", type=Path, required=True, help="its xl config file")
-    parsed = parser.parse_args(argv)
-    return Options(root=parsed.root.resolve(), domain=parsed.domain, config=parsed.config)
-
-
-async def run(options: Options) -> None:
+async def run(options: DomainOptions) -> None:
     """Run one guest from its start to its stop."""
     places = Places(options.root)
     chosen = settings.load(places.settings(PROGRAM), GuestdSettings)
@@ -299,7 +279,8 @@ async def run(options: Options) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the daemon and give its exit status."""
-    options = parse_options(argv)
+    description = "One guest of the vTPM stack."
+    options = parse_domain_options(argv, program=PROGRAM, description=description)
     return run_daemon(PROGRAM, partial(run, options))
 
 

@@ -8,7 +8,6 @@ goes on where that was: nothing is started, and the guest notices nothing.
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,10 +20,11 @@ import trio
 
 from daemons import logs, policy, settings
 from daemons.disk import Disk
+from daemons.domain_options import DomainOptions, parse_domain_options
 from daemons.durable_tpm import DurableTpm
 from daemons.errors import ExitCode, Failure
 from daemons.faults.hooks import hooks_of
-from daemons.journal import GO_ON, missing
+from daemons.journal import missing
 from daemons.listeners import Kind, PeerCredentials, activated_or_listen
 from daemons.places import Places
 from daemons.registry import DomainRecord, Registry
@@ -58,16 +58,6 @@ _STARTED: Final = "started"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """Arguments of the process."""
-
-    root: Path
-    domain: str
-    config: Path
-    must_go_on: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class VtpmdSettings:
     """What may be set, in etc/vtpm/vtpmd.toml."""
 
@@ -78,23 +68,12 @@ class VtpmdSettings:
 
 def main(argv: list[str] | None = None) -> int:
     """Run vtpmd; the exit status is one of `ExitCode`."""
-    options = _parse(argv)
+    description = "One vTPM of the vTPM stack."
+    options = parse_domain_options(argv, program=PROGRAM, description=description, has_journal=True)
     return run_daemon(PROGRAM, partial(_run, options))
 
 
-def _parse(argv: list[str] | None) -> Options:
-    parser = argparse.ArgumentParser(prog=PROGRAM, description="One vTPM of the vTPM stack.")
-    parser.add_argument("--root", type=Path, default=Path("/"), help="root of the installation")
-    parser.add_argument("--domain", required=True, help="name of the vTPM's domain")
-    parser.add_argument("--config", type=Path, required=True, help="its xl config file")
-    parser.add_argument(GO_ON, action="store_true", help="refuse to start without a journal")
-    found = parser.parse_args(argv)
-    return Options(
-        root=found.root, domain=found.domain, config=found.config, must_go_on=found.go_on
-    )
-
-
-async def _run(options: Options) -> None:
+async def _run(options: DomainOptions) -> None:
     places = Places(options.root)
     config = read_domain(options.config)
     arguments = config.arguments
@@ -245,7 +224,7 @@ def _admit(
     return RingPeer(domain=frontend, device=device)
 
 
-def _misconfigured(options: Options, why: str) -> Failure:
+def _misconfigured(options: DomainOptions, why: str) -> Failure:
     return Failure(
         f"vTPM {options.domain} cannot start",
         why=why,

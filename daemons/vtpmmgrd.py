@@ -10,7 +10,6 @@ Requests run in the ring server's worker threads, one at a time.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 from collections.abc import Callable, Sized
@@ -23,6 +22,7 @@ import structlog
 import trio
 
 from daemons import logs, policy, settings
+from daemons.domain_options import DomainOptions, parse_domain_options
 from daemons.errors import ExitCode, Failure
 from daemons.faults.hooks import hooks_of
 from daemons.listeners import Kind, activated_or_listen
@@ -51,15 +51,6 @@ SOCKET_NAME: Final = "ring"
 CLOSE_CHIP_S: Final = 1.0
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """Arguments of the process."""
-
-    root: Path
-    domain: str
-    config: Path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +112,7 @@ class ManagerBackend:
 # -- the process -----------------------------------------------------------------------------------
 
 
-async def run(options: Options) -> None:
+async def run(options: DomainOptions) -> None:
     """Run the manager from its start to its stop."""
     places = Places(options.root)
     chosen = settings.load(places.settings(PROGRAM), VtpmmgrdSettings)
@@ -267,19 +258,11 @@ def _misconfigured(config: DomainConfig, why: str, next_step: str) -> Failure:
     )
 
 
-def parse_options(argv: list[str] | None) -> Options:
-    """Read the arguments, as the launcher and the units give them."""
-    parser = argparse.ArgumentParser(prog=PROGRAM, description="The manager of the vTPM stack.")
-    parser.add_argument("--root", type=Path, required=True, help="directory of the installation")
-    parser.add_argument("--domain", required=True, help="name of the manager's domain")
-    parser.add_argument("--config", type=Path, required=True, help="its xl config file")
-    parsed = parser.parse_args(argv)
-    return Options(root=parsed.root.resolve(), domain=parsed.domain, config=parsed.config)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the daemon and give its exit status."""
-    return run_daemon(PROGRAM, partial(run, parse_options(argv)))
+    description = "The manager of the vTPM stack."
+    options = parse_domain_options(argv, program=PROGRAM, description=description)
+    return run_daemon(PROGRAM, partial(run, options))
 
 
 if __name__ == "__main__":
