@@ -27,6 +27,7 @@ from typing import Final, Protocol, TypeVar
 import structlog
 import trio
 
+from daemons.carrying import carry, ours, stop_taking
 from daemons.errors import Failure
 from daemons.fair_lock import FairLock
 from daemons.listeners import (
@@ -303,7 +304,7 @@ class RingServer:
             raise ConnectionAbortedError("the frontend left in the handshake")
         peer = replace(peer, device=_device(peer, event.handle))
         while (predecessor := self._carriers.get(peer.ring_id)) is not None:
-            predecessor.end()
+            stop_taking(predecessor.raw)
             await predecessor.ended.wait()
         if len(self._carriers) >= self._settings.rings_max:
             raise Refused(f"{self._settings.rings_max} rings are connected, which is the limit")
@@ -317,12 +318,13 @@ class RingServer:
     async def _carry(self, connection: Connection, carrier: _Carrier) -> None:
         """Give the ring to a worker thread, and end it when the daemon stops."""
         try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(_end_on_stop, carrier, connection.stopping)
-                await trio.to_thread.run_sync(
-                    carrier.run, thread_name=f"ring {carrier.peer.ring_id}", limiter=self._threads
-                )
-                nursery.cancel_scope.cancel()
+            await carry(
+                carrier.raw,
+                carrier.run,
+                connection.stopping,
+                limiter=self._threads,
+                thread_name=f"ring {carrier.peer.ring_id}",
+            )
         finally:
             del self._carriers[carrier.peer.ring_id]
             carrier.ended.set()
@@ -345,16 +347,6 @@ async def _refuse(connection: Connection, ring: BackendRing, refusal: Refused | 
     )
     # Never waits: nothing was sent before that could fill the socket.
     await connection.socket.send(ring.refuse(reason))
-
-
-async def _end_on_stop(carrier: _Carrier, stopping: trio.Event) -> None:
-    """On a stop let the running command end; when cancelled (or done) end at once."""
-    try:
-        await stopping.wait()
-        carrier.end()
-        await trio.sleep_forever()
-    finally:
-        carrier.cut()
 
 
 def _log(peer: RingPeer) -> structlog.typing.FilteringBoundLogger:
@@ -386,7 +378,7 @@ class _Behind:
 
 
 class _Carrier:
-    """One ring in its worker thread. Only `end` and `cut` are for other threads."""
+    """One ring in its worker thread."""
 
     def __init__(
         self, raw: socket.socket, ring: BackendRing, peer: RingPeer, behind: _Behind
@@ -402,16 +394,6 @@ class _Carrier:
         self._notice = _Notice.NOTHING
         self._fault: DecodeError | None = None
 
-    def end(self) -> None:
-        """Take no more from the frontend; what runs may end and be answered."""
-        with contextlib.suppress(OSError):
-            self.raw.shutdown(socket.SHUT_RD)
-
-    def cut(self) -> None:
-        """End the connection in both directions."""
-        with contextlib.suppress(OSError):
-            self.raw.shutdown(socket.SHUT_RDWR)
-
     def run(self) -> None:
         """Serve the ring to its end.
 
@@ -424,12 +406,12 @@ class _Carrier:
         set_send_timeout(self.raw, self._settings.send_s)
         with self._turn:
             try:
-                _ours(lambda: self._backend.attached(self.peer))
+                ours(lambda: self._backend.attached(self.peer))
             except Refused as refusal:
                 _log(self.peer).info("frontend refused", reason=refusal.reason)
                 self._send(self._ring.refuse(refusal.reason))
                 return
-            last_sequence = _ours(lambda: self._responses.last_sequence(self.peer.ring_id))
+            last_sequence = ours(lambda: self._responses.last_sequence(self.peer.ring_id))
         is_farewell = False
         try:
             self._second_half(last_sequence)
@@ -437,7 +419,7 @@ class _Carrier:
             is_farewell = self._carry_commands()
         finally:
             with self._turn:
-                _ours(lambda: self._backend.detached(self.peer))
+                ours(lambda: self._backend.detached(self.peer))
         if is_farewell:  # after `detached`, so that a frontend that waits for it finds a free ring
             self._send(self._ring.wait_again())
         elif self._ring.is_attached:
@@ -508,7 +490,7 @@ class _Carrier:
 
     def _repeat(self, sequence: int) -> bytes:
         with self._turn:
-            response = _ours(lambda: self._responses.get(self.peer.ring_id, sequence))
+            response = ours(lambda: self._responses.get(self.peer.ring_id, sequence))
         if response is None:
             raise RuntimeError(f"no response is stored for {self.peer.ring_id}, {sequence}")
         _log(self.peer).info("repeat answered from the store", sequence=sequence)
@@ -543,11 +525,3 @@ class _Carrier:
             self.raw.send(message)
         except BlockingIOError as error:
             raise TimeoutError("the frontend leaves its responses unread") from error
-
-
-def _ours(call: Callable[[], T]) -> T:
-    """Call the backend so that none of its errors can be taken for the peer's."""
-    try:
-        return call()
-    except PEER_FAULTS as error:
-        raise RuntimeError("the backend let an error of its own links escape") from error

@@ -22,7 +22,6 @@ who may have which page (`admit`).
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import threading
 from collections import Counter
@@ -33,11 +32,12 @@ from typing import Final, Protocol, TypeVar
 import structlog
 import trio
 
+from daemons.carrying import carry, ours
 from daemons.errors import Failure
 from daemons.fair_lock import FairLock
 from daemons.listeners import Listener, PeerCredentials, set_send_timeout
 from daemons.sd_notify import NO_COMMAND
-from daemons.service import DRAIN_S, PEER_FAULTS, Connection, ends_with_its_peer, serve
+from daemons.service import DRAIN_S, Connection, ends_with_its_peer, serve
 from hwtpm.tis_device import Interrupt, PendingCommand, State, TisDevice, TpmPort
 from hwtpm.tis_snapshot import decode_snapshot, encode_snapshot
 from protocol import tis_messages as messages
@@ -254,10 +254,9 @@ class TisServer:
             raw = self._wrap_socket(raw)
         carrier = _Carrier(raw, peer, self, log)
         try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(_end_on_stop, carrier, connection.stopping)
-                await trio.to_thread.run_sync(carrier.run, thread_name="tis", limiter=self._threads)
-                nursery.cancel_scope.cancel()
+            await carry(
+                raw, carrier.run, connection.stopping, limiter=self._threads, thread_name="tis"
+            )
         finally:
             raw.close()
 
@@ -266,7 +265,7 @@ class TisServer:
     def ask_engine(self) -> None:
         """Get an answer of the engine between two commands, with nothing that could change it."""
         with self._engine:
-            _ours(lambda: self._chip.execute(NO_COMMAND, 0))
+            ours(lambda: self._chip.execute(NO_COMMAND, 0))
 
     def attach(self, carrier: _Carrier) -> None:
         """Send interrupts there from now on."""
@@ -299,7 +298,7 @@ class TisServer:
         with self._registers:
             self.device.power_off()
         with self._engine:
-            _ours(self._chip.power_on)
+            ours(self._chip.power_on)
         with self._registers:
             self.device.power_on()
             self._remember()
@@ -309,12 +308,12 @@ class TisServer:
         with self._registers:
             self.device.power_off()
         with self._engine:
-            _ours(self._chip.power_off)
+            ours(self._chip.power_off)
 
     def set_physical_presence(self, *, is_asserted: bool) -> None:
         """Move the pin."""
         with self._engine:
-            _ours(lambda: self._chip.set_physical_presence(is_asserted=is_asserted))
+            ours(lambda: self._chip.set_physical_presence(is_asserted=is_asserted))
 
     def _recall(self) -> None:
         """Go on with the registers of a killed process."""
@@ -345,7 +344,7 @@ class TisServer:
         with self._engine:
             if self.device.pending_command is not pending:
                 return  # aborted while it waited for the engine: it never ran
-            response = _ours(lambda: self._memory.run(pending))
+            response = ours(lambda: self._memory.run(pending))
         with self._registers:
             self.device.complete(pending, response)
             self._pass_interrupts()
@@ -366,27 +365,19 @@ class _EngineInTurn:
 
     def hash_start(self) -> bool:
         with self._engine:
-            return _ours(self._chip.hash_start)
+            return ours(self._chip.hash_start)
 
     def hash_data(self, data: bytes) -> bool:
         with self._engine:
-            return _ours(lambda: self._chip.hash_data(data))
+            return ours(lambda: self._chip.hash_data(data))
 
     def hash_end(self) -> bool:
         with self._engine:
-            return _ours(self._chip.hash_end)
+            return ours(self._chip.hash_end)
 
     @property
     def established(self) -> bool:
         return self._chip.established
-
-
-def _ours(call: Callable[[], T]) -> T:
-    """Call the chip so that none of its errors can be taken for the peer's."""
-    try:
-        return call()
-    except PEER_FAULTS as error:
-        raise RuntimeError("the chip let an error of its own links escape") from error
 
 
 async def _refuse(connection: Connection, reason: RefusedReason, text: str) -> None:
@@ -394,18 +385,8 @@ async def _refuse(connection: Connection, reason: RefusedReason, text: str) -> N
     await connection.socket.send(encode_message(refused(reason, text)))
 
 
-async def _end_on_stop(carrier: _Carrier, stopping: trio.Event) -> None:
-    """On a stop let the running command end; when cancelled (or done) end at once."""
-    try:
-        await stopping.wait()
-        carrier.end()
-        await trio.sleep_forever()
-    finally:
-        carrier.cut()
-
-
 class _Carrier:
-    """One connection in its worker thread. `end`, `cut` and `interrupt` are for other threads."""
+    """One connection in its worker thread. `interrupt` is for other threads."""
 
     def __init__(
         self,
@@ -419,16 +400,6 @@ class _Carrier:
         self._server = server
         self._log = log
         self._refusals = 0
-
-    def end(self) -> None:
-        """Take no more from the peer; what runs may end."""
-        with contextlib.suppress(OSError):
-            self._raw.shutdown(socket.SHUT_RD)
-
-    def cut(self) -> None:
-        """End the connection in both directions."""
-        with contextlib.suppress(OSError):
-            self._raw.shutdown(socket.SHUT_RDWR)
 
     def interrupt(self, interrupt: Interrupt) -> None:
         """Tell the peer, if that needs no waiting."""

@@ -17,16 +17,17 @@ Leaves to others: answering a client's commands (`tpm0_stream`), the ring (`ring
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Final
 
 import structlog
 import trio
 
+from daemons.carrying import carry
 from daemons.errors import Failure
 from daemons.guest.tpm0_stream import STALL_S, Exchange, Tpm0Stream
 from daemons.service import Connection, ends_with_its_peer
@@ -65,30 +66,14 @@ class Tpm0Device:
     async def handle(self, connection: Connection) -> None:
         """Serve one client until it leaves or the daemon stops."""
         with _blocking(connection) as client:
-            async with trio.open_nursery() as nursery:
-                served = trio.Event()
-                nursery.start_soon(self._end_on_stop, client, connection.stopping, served)
-                try:
-                    await trio.to_thread.run_sync(
-                        self.serve_client, client, connection.peer.pid, limiter=self._threads
-                    )
-                finally:
-                    served.set()
-                    nursery.cancel_scope.cancel()
-
-    async def _end_on_stop(
-        self, client: socket.socket, stopping: trio.Event, served: trio.Event
-    ) -> None:
-        """Take no more commands once the daemon stops; break off when this is cancelled."""
-        try:
-            await stopping.wait()
-            # The thread sees the end of the stream, after it has answered the command it is in.
-            _shut(client, socket.SHUT_RD)
-            await trio.sleep_forever()
-        finally:
-            if not served.is_set():
-                _shut(client, socket.SHUT_RDWR)
-                self._give_up()
+            await carry(
+                client,
+                partial(self.serve_client, client, connection.peer.pid),
+                connection.stopping,
+                limiter=self._threads,
+                thread_name="tpm0",
+                cut_short=self._give_up,
+            )
 
     def serve_client(self, client: socket.socket, peer_pid: int) -> None:
         """Answer commands until the client closes; runs in a worker thread.
@@ -121,8 +106,3 @@ def _blocking(connection: Connection) -> Iterator[socket.socket]:
         yield client
     finally:
         client.close()
-
-
-def _shut(client: socket.socket, how: int) -> None:
-    with contextlib.suppress(OSError):
-        client.shutdown(how)

@@ -173,7 +173,7 @@ class Harness:
 
     def cut(self, domain="guest1"):
         """Break a ring as a crash of the backend would."""
-        self.server._carriers[f"{domain}/0"].cut()
+        self.server._carriers[f"{domain}/0"].raw.shutdown(socket.SHUT_RDWR)
 
 
 @pytest.fixture
