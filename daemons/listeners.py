@@ -2,7 +2,8 @@
 
 Everything about the address of a socket is here; what is said over it is up to the callers.
 
-- A socket file has mode 0600 and stands in a directory of mode 0700 that belongs to us or to root.
+- A socket file has mode 0600 and stands in a directory of mode 0700 that belongs to us or to root;
+  where a person says the path, in one where nobody else can exchange it (/tmp will do).
 - Nothing but a socket is ever removed, and a socket only when no process accepts on it.
 - A path too long for `sockaddr_un` (107 bytes) is reached through `/proc/self/fd/N/NAME`.
 - A peer is who the kernel says it is (`SO_PEERCRED`), never who it says it is.
@@ -19,7 +20,7 @@ import socket
 import stat
 import struct
 import time
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
@@ -33,6 +34,9 @@ BACKLOG: Final = 128
 """Connections that the kernel keeps waiting for an `accept`."""
 CONNECT_S: Final = 5.0
 """How long a `connect` waits for room in the backlog of a busy daemon."""
+DIRECTORY_LOCK_S: Final = 5.0
+"""How long to wait for a directory that others may lock too."""
+_LOCK_RETRY_S: Final = 0.02
 SYSTEMD_FIRST_FD: Final = 3
 """SD_LISTEN_FDS_START: the first descriptor that systemd passes."""
 
@@ -135,7 +139,34 @@ def private_directory(directory: Path) -> Iterator[int]:
         Failure: It is missing, not a directory, a symbolic link, owned by somebody else, or open to
             group or others.
     """
-    what = f"cannot use directory {directory}"
+    with _opened_directory(directory) as descriptor:
+        _check_private(descriptor, directory)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield descriptor
+
+
+@contextlib.contextmanager
+def steady_directory(directory: Path) -> Iterator[int]:
+    """Open a directory in which nobody else can exchange what is ours: for a path a person chose.
+
+    Others may look into it, and put in what is theirs if it is sticky, as /tmp is. It is locked as
+    a private one is; here others can hold the lock too, so it is not waited for without end.
+
+    Yields:
+        The directory's descriptor.
+
+    Raises:
+        Failure: It is missing, not a directory, a symbolic link, owned by somebody else, writable
+            for others and not sticky, or locked by somebody who does not let go.
+    """
+    with _opened_directory(directory) as descriptor:
+        _check_steady(descriptor, directory)
+        _lock_in_time(descriptor, directory)
+        yield descriptor
+
+
+@contextlib.contextmanager
+def _opened_directory(directory: Path) -> Iterator[int]:
     try:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
@@ -147,35 +178,73 @@ def private_directory(directory: Path) -> Iterator[int]:
         if Path(directory).is_symlink():  # O_DIRECTORY answers ENOTDIR for a link on some kernels
             why = "it is a symbolic link"
         raise Failure(
-            what,
+            _unusable(directory),
             why=why,
             next_step=f"Make it with: install -d -m 0700 {directory}",
             exit_code=ExitCode.NO_PERMISSION if error.errno == errno.EACCES else ExitCode.NO_INPUT,
         ) from error
     try:
-        _check_private(descriptor, directory, what)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield descriptor
     finally:
         os.close(descriptor)
 
 
-def _check_private(descriptor: int, directory: Path, what: str) -> None:
-    status = os.fstat(descriptor)
-    if status.st_uid not in {0, os.geteuid()}:
-        raise Failure(
-            what,
-            why=f"it belongs to user {status.st_uid}, and this process is user {os.geteuid()}",
-            next_step=f"Choose another root, or: chown {os.geteuid()} {directory}",
-            exit_code=ExitCode.NO_PERMISSION,
-        )
+def _unusable(directory: Path) -> str:
+    return f"cannot use directory {directory}"
+
+
+def _check_private(descriptor: int, directory: Path) -> None:
+    status = _check_owner(descriptor, directory)
     if stat.S_IMODE(status.st_mode) & 0o077:
         raise Failure(
-            what,
+            _unusable(directory),
             why=f"its mode is {stat.S_IMODE(status.st_mode):04o}, so others can reach into it",
             next_step=f"Close it with: chmod 0700 {directory}",
             exit_code=ExitCode.NO_PERMISSION,
         )
+
+
+def _check_steady(descriptor: int, directory: Path) -> None:
+    status = _check_owner(descriptor, directory)
+    if status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX:
+        raise Failure(
+            _unusable(directory),
+            why=f"its mode is {stat.S_IMODE(status.st_mode):04o}, so others can exchange what is "
+            "in it",
+            next_step=f"Close it with: chmod go-w {directory}",
+            exit_code=ExitCode.NO_PERMISSION,
+        )
+
+
+def _check_owner(descriptor: int, directory: Path) -> os.stat_result:
+    status = os.fstat(descriptor)
+    if status.st_uid not in {0, os.geteuid()}:
+        raise Failure(
+            _unusable(directory),
+            why=f"it belongs to user {status.st_uid}, and this process is user {os.geteuid()}",
+            next_step=f"Choose another place, or: chown {os.geteuid()} {directory}",
+            exit_code=ExitCode.NO_PERMISSION,
+        )
+    return status
+
+
+def _lock_in_time(descriptor: int, directory: Path) -> None:
+    deadline = time.monotonic() + DIRECTORY_LOCK_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() < deadline:
+                time.sleep(_LOCK_RETRY_S)
+                continue
+            raise Failure(
+                _unusable(directory),
+                why=f"another process has held a lock on it for {DIRECTORY_LOCK_S:.0f} s",
+                next_step=f"Find it with: lsof {directory}; or choose another place.",
+                exit_code=ExitCode.UNAVAILABLE,
+            ) from error
+        else:
+            return
 
 
 @contextlib.contextmanager
@@ -305,6 +374,10 @@ def _connect_failure(path: Path, error: OSError) -> Failure:
 # -- listening -----------------------------------------------------------------------------------
 
 
+Directory = Callable[[Path], contextlib.AbstractContextManager[int]]
+"""Opens and locks a directory that is fit for a socket; gives its descriptor."""
+
+
 @dataclass(slots=True)
 class Listener:
     """A listening socket and, when we bound it, the file that stands for it.
@@ -316,6 +389,7 @@ class Listener:
     socket: socket.socket
     path: Path | None
     _identity: tuple[int, int] | None = field(default=None, repr=False)
+    _directory: Directory = field(default=private_directory, repr=False)
 
     def close(self) -> None:
         """Stop listening and remove our socket file. Safe to call again."""
@@ -328,7 +402,7 @@ class Listener:
             self.socket.close()
 
     def _remove_file(self, path: Path) -> None:
-        with contextlib.suppress(Failure), private_directory(path.parent) as directory:
+        with contextlib.suppress(Failure), self._directory(path.parent) as directory:
             status = _status(path.name, directory)
             if status is not None and _identity(status) == self._identity:
                 os.unlink(path.name, dir_fd=directory)
@@ -340,22 +414,29 @@ class Listener:
         self.close()
 
 
-def listen(path: Path, kind: Kind, backlog: int = BACKLOG) -> Listener:
+def listen(
+    path: Path,
+    kind: Kind,
+    backlog: int = BACKLOG,
+    *,
+    open_directory: Directory = private_directory,
+) -> Listener:
     """Bind and listen at a path, taking the place of a socket that a dead process has left.
 
     Args:
-        path: Where the socket file stands; its directory must exist with mode 0700.
+        path: Where the socket file stands; its directory must exist.
         kind: STREAM, SEQPACKET, or DATAGRAM (bound only).
         backlog: Connections kept waiting for `accept`.
+        open_directory: What the directory must be: `private_directory` or `steady_directory`.
 
     Raises:
         AlreadyRunning: A live process accepts there; the message names its pid.
-        Failure: The directory is not private, something else stands at the path, or the name is
+        Failure: The directory is not as demanded, something else stands at the path, or the name is
             too long.
     """
     bound = socket.socket(socket.AF_UNIX, kind)
     try:
-        with private_directory(path.parent) as directory:
+        with open_directory(path.parent) as directory:
             _make_room(path, kind, directory)
             # The mode of the file is that of the descriptor at the moment of bind, so no other
             # mode is ever seen, and the umask of the process stays as it is.
@@ -376,7 +457,7 @@ def listen(path: Path, kind: Kind, backlog: int = BACKLOG) -> Listener:
     except BaseException:
         bound.close()
         raise
-    return Listener(bound, path, _identity(status))
+    return Listener(bound, path, _identity(status), open_directory)
 
 
 def _bound_status(path: Path, directory: int) -> os.stat_result:

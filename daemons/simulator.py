@@ -28,7 +28,7 @@ from daemons.durable_tpm import DurableTpm, PermanentStore
 from daemons.errors import ExitCode, Failure
 from daemons.fair_lock import FairLock
 from daemons.guest.tpm0_stream import Tpm0Stream
-from daemons.listeners import Kind, listen
+from daemons.listeners import Kind, listen, steady_directory
 from daemons.sd_notify import Notifier
 from daemons.thread_service import STOPS, Signals, ThreadService
 from daemons.world import SeededRng
@@ -220,7 +220,8 @@ def _run(options: Options, signals: Signals) -> None:
         )
     simulator = open_simulator(options)
     stream = Tpm0Stream(simulator.exchange, _tell_unanswered, _tell_tpm2)
-    service = ThreadService(listen(options.socket, Kind.STREAM), stream.serve, _log)
+    listener = listen(options.socket, Kind.STREAM, open_directory=steady_directory)
+    service = ThreadService(listener, stream.serve, _log)
     _log(
         "info",
         "serving a TPM 1.2",

@@ -1,5 +1,6 @@
 """Sockets: what stands in the way, who holds them, deep paths, inheritance, and who is a peer."""
 
+import fcntl
 import os
 import socket
 import stat
@@ -25,6 +26,7 @@ from daemons.listeners import (
     peer_credentials,
     set_receive_timeout,
     start_time_of,
+    steady_directory,
 )
 
 KINDS = [Kind.STREAM, Kind.SEQPACKET]
@@ -171,6 +173,33 @@ def test_directory_open_to_others_is_refused(place, mode):
     place.chmod(mode)
     with pytest.raises(Failure, match="mode"):
         listen(place / "s", Kind.STREAM)
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o755, 0o1777])
+def test_place_where_nobody_can_exchange_the_socket_will_do_where_a_person_chose_it(place, mode):
+    place.chmod(mode)
+    with listen(place / "s", Kind.STREAM, open_directory=steady_directory):
+        assert stat.S_IMODE((place / "s").stat().st_mode) == 0o600
+    assert not (place / "s").exists()
+
+
+@pytest.mark.parametrize("mode", [0o720, 0o702, 0o777])
+def test_place_where_others_could_exchange_the_socket_is_refused(place, mode):
+    place.chmod(mode)
+    with pytest.raises(Failure, match="exchange"):
+        listen(place / "s", Kind.STREAM, open_directory=steady_directory)
+    assert not (place / "s").exists()
+
+
+def test_lock_that_somebody_keeps_on_an_open_place_is_not_waited_for_for_ever(place, monkeypatch):
+    monkeypatch.setattr(listeners, "DIRECTORY_LOCK_S", 0.0)
+    holder = os.open(place, os.O_RDONLY)
+    try:
+        fcntl.flock(holder, fcntl.LOCK_SH)
+        with pytest.raises(Failure, match="another process has held a lock"):
+            listen(place / "s", Kind.STREAM, open_directory=steady_directory)
+    finally:
+        os.close(holder)
 
 
 def test_directory_that_is_a_link_is_refused(place):

@@ -63,6 +63,16 @@ def client(folder):
         yield TpmClient(exchange, rng=SystemRng())
 
 
+def test_any_folder_that_is_not_for_others_to_change_holds_socket_and_state(tmp_path):
+    """As the documentation has it: --state /tmp/my-tpm --socket /tmp/my-tpm.sock."""
+    for mode in (0o755, 0o1777):
+        folder = tmp_path / f"{mode:o}"
+        folder.mkdir()
+        folder.chmod(mode)
+        with running(folder, "--state", str(folder / "my-tpm")), client(folder) as tpm:
+            tpm.read_pubek()
+
+
 def test_state_survives_sigterm_and_kill(folder):
     with running(folder, "--state", str(folder / "st")), client(folder) as tpm:
         endorsement_key = tpm.read_pubek()
