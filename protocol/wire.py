@@ -394,18 +394,22 @@ def decode_from(structure: type[T], data: bytes, offset: int) -> tuple[T, int]:
     return structure.__wire_decode__(data, offset)  # type: ignore[attr-defined,no-any-return]
 
 
-def changing(structure: type[T], field_name: str) -> Callable[[T, Any], T]:
-    """A function that gives a copy of a structure in which one field has another value.
+def changing(structure: type[T], *field_names: str) -> Callable[..., T]:
+    """A function that gives a copy of a structure in which some fields have other values.
 
     What `dataclasses.replace` does, in 0.2 us instead of 3: for what changes with every command.
+    It takes the structure, and the values in the order in which the fields are named here.
+
+    Raises:
+        TypeError: There is no such field.
     """
     names = [f.name for f in wire_fields(structure)]
-    if field_name not in names:
-        raise TypeError(f"{structure.__name__} has no field {field_name}")
+    for unknown in set(field_names) - set(names):
+        raise TypeError(f"{structure.__name__} has no field {unknown}")
     source = [
-        "def changed(old, value):",
+        f"def changed(old, {', '.join(_local(n) for n in field_names)}):",
         "    new = _new(_open)",
-        *[f"    new.{n} = {'value' if n == field_name else 'old.' + n}" for n in names],
+        *[f"    new.{n} = {_local(n) if n in field_names else 'old.' + n}" for n in names],
         "    new.__class__ = _cls",
         "    return new",
     ]
@@ -415,7 +419,7 @@ def changing(structure: type[T], field_name: str) -> Callable[[T, Any], T]:
         "_cls": structure,
     }
     exec(compile("\n".join(source), f"<wire {structure.__qualname__}>", "exec"), namespace)  # noqa: S102 - as in the compiler
-    return cast("Callable[[T, Any], T]", namespace["changed"])
+    return cast("Callable[..., T]", namespace["changed"])
 
 
 def encode(value: object) -> bytes:

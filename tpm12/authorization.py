@@ -79,21 +79,19 @@ class AuthBlock:
         "delegation",
         "handle",
         "hmac",
-        "is_verified",
         "mac",
         "nonce_odd",
         "session",
     )
 
-    def __init__(self, handle: int, nonce_odd: bytes, continues: int, mac: bytes) -> None:
+    def __init__(self, handle: int, nonce_odd: bytes, continues: bool, mac: bytes) -> None:
         self.handle = handle
         self.nonce_odd = nonce_odd
-        self.continues = continues == 1
+        self.continues = continues
         self.mac = mac
         self.session: Session | None = None
         self.hmac: HmacKey | None = None
-        """The key that proved the request; it also signs the response."""
-        self.is_verified = False
+        """The key that proved the request; it also signs the response. None: not proven yet."""
         self.delegation: DelegatePublic | None = None
         """Whose authority was used, when it was a delegate's."""
 
@@ -139,13 +137,16 @@ def read_blocks(data: bytes, at: int, count: int) -> list[AuthBlock]:
     """
     if at + AUTH_REQUEST_BYTES * count != len(data):
         raise TpmError(ReturnCode.BAD_PARAM_SIZE, "the request does not end with its auth blocks")
-    blocks = []
-    for start in range(at, len(data), AUTH_REQUEST_BYTES):
-        handle, nonce_odd, continues, mac = _read_block(data, start)
-        if continues > 1:
-            raise TpmError(ReturnCode.BAD_PARAMETER, "a BOOL other than 0 or 1")
-        blocks.append(AuthBlock(handle, nonce_odd, continues, mac))
-    return blocks
+    if count == 1:
+        return [_block_at(data, at)]
+    return [_block_at(data, start) for start in range(at, len(data), AUTH_REQUEST_BYTES)]
+
+
+def _block_at(data: bytes, at: int) -> AuthBlock:
+    handle, nonce_odd, continues, mac = _read_block(data, at)
+    if continues > 1:
+        raise TpmError(ReturnCode.BAD_PARAMETER, "a BOOL other than 0 or 1")
+    return AuthBlock(handle, nonce_odd, continues == 1, mac)
 
 
 Declared = Sequence[tuple["AuthBy", AuthBlock | None]]
@@ -327,6 +328,9 @@ class Authorized:
 
     def _declared_use(self, over: str) -> tuple[AuthBy, AuthBlock, int]:
         """A declared use, the block that came for it, and its position."""
+        by, first = self._declared[0]
+        if by.over == over and first is not None:
+            return by, first, 0
         for position, (by, block) in enumerate(self._declared):
             if by.over == over and block is not None:
                 return by, block, position
@@ -400,7 +404,6 @@ class Authorized:
         if not is_same(expected, block.mac):
             raise WrongHmacError(by.failure(position), f"wrong authorization for {by.over}")
         block.hmac = hmac
-        block.is_verified = True
 
 
 def end_bound_sessions(tpm: Tpm, entity_type: int, entity_value: int) -> None:

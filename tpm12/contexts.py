@@ -27,10 +27,10 @@ from typing import Any, Final, NamedTuple
 from protocol.constants import ZERO_DIGEST, EntityType, KeyFlags, KeyHandleValue, ResourceType
 from protocol.return_codes import ReturnCode, TpmError
 from protocol.structures import ContextBlob, ContextSensitive
-from protocol.wire import U64, DecodeError, Digest, decode, encode, wire
+from protocol.wire import U64, DecodeError, Digest, changing, decode, encode, wire
 from tpm12.authorization import OIAP, counter_entity, nv_entity, owner_entity
 from tpm12.clearing import renew_owner_secrets
-from tpm12.crypto import aes128_ctr, hmac_sha1, is_same, sha1
+from tpm12.crypto import aes128_ctr, hmac_key, is_same, sha1
 from tpm12.keys import LoadedKey
 from tpm12.profile import Profile
 from tpm12.state import DaaSession, Session, TransportSession
@@ -368,7 +368,7 @@ def _closed(tpm: Tpm, place: _Place, sensitive: ContextSensitive) -> ContextBlob
         additional_data=iv + (_LEGACY if place.label is None else _CURRENT),
         sensitive_data=aes128_ctr(tpm.permanent.context_key, iv, clear),
     )
-    return replace(blob, integrity_digest=_integrity(tpm, blob, clear))
+    return _with_integrity(blob, _integrity(tpm, blob, clear))
 
 
 def _opened(tpm: Tpm, blob: ContextBlob, *, is_legacy: bool) -> ContextSensitive:
@@ -392,5 +392,9 @@ def _opened(tpm: Tpm, blob: ContextBlob, *, is_legacy: bool) -> ContextSensitive
 
 
 def _integrity(tpm: Tpm, blob: ContextBlob, clear: bytes) -> bytes:
-    bare = replace(blob, integrity_digest=ZERO_DIGEST, sensitive_data=clear)
-    return hmac_sha1(tpm.permanent.tpm_proof, encode(bare))
+    bare = _with_clear_text(blob, ZERO_DIGEST, clear)
+    return hmac_key(tpm.permanent.tpm_proof).mac(encode(bare))
+
+
+_with_integrity: Final = changing(ContextBlob, "integrity_digest")
+_with_clear_text: Final = changing(ContextBlob, "integrity_digest", "sensitive_data")

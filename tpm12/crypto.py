@@ -42,10 +42,10 @@ _NO_BYTES_YET: Final = hashlib.sha1(usedforsecurity=False)
 """A computation that begins as a copy of this one takes 0.3 us, one from nothing 0.45."""
 
 
-def sha1(*parts: bytes) -> bytes:
-    """Hash the concatenation of `parts`; 20 bytes."""
+def sha1(data: bytes, *more: bytes) -> bytes:
+    """Hash the concatenation of what is given; 20 bytes."""
     hasher = _NO_BYTES_YET.copy()
-    hasher.update(parts[0] if len(parts) == 1 else b"".join(parts))
+    hasher.update(b"".join((data, *more)) if more else data)
     return hasher.digest()
 
 

@@ -17,7 +17,7 @@ Invariants:
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, Final, cast
@@ -37,6 +37,7 @@ from tpm12.authorization import (
 )
 from tpm12.crypto import sha1
 from tpm12.dispatch import AuthBy, Command, table
+from tpm12.keys import LoadedKey
 from tpm12.ports import Clock, KeyGenerator, StirrableRng
 from tpm12.profile import Profile
 from tpm12.state import SelfTestState, StAny, State, Volatile
@@ -53,6 +54,8 @@ _RESPONSE: Final = int(Tag.RSP_COMMAND)
 _SUCCESS: Final = ReturnCode.SUCCESS
 _DONE: Final = _header(_RESPONSE, HEADER_BYTES, 0)
 _FULLY_TESTED: Final = SelfTestState.FULL
+_NO_KEYS: Final[dict[str, LoadedKey]] = {}
+_NOTHING_READY: Final[Mapping[int, Command]] = {}
 _UNAUTHORIZED: Final = Authorized(cast("Tpm", None), 0, (), (), b"", {})
 """What a command gets that declares no session; there is nothing in it to be had."""
 _FATAL: Final = frozenset({ReturnCode.FAIL, ReturnCode.AUDITFAIL_SUCCESSFUL})
@@ -103,6 +106,7 @@ class Engine:
     ) -> None:
         self.state = state
         self._table = table(commands)
+        self._hashing = {n: c for n, c in self._table.items() if c.keeps_sha1_thread}
         self._world = World(
             rng=rng,
             clock=clock,
@@ -114,7 +118,8 @@ class Engine:
         # The draft of the command before, settled, serves the next one if its state was kept.
         self._draft = Tpm(state, self._world, 0)
         self._draft_of: State | None = None
-        self._is_ordinary = False
+        self._ready: Mapping[int, Command] = _NOTHING_READY
+        """The commands for which nothing in the state is in the way: all of them, as a rule."""
 
     # -- one command -------------------------------------------------------------------------
 
@@ -137,19 +142,20 @@ class Engine:
         tag, param_size, ordinal = _read_header(request)
         if param_size != size:
             return self._failed(before, ReturnCode.BAD_PARAM_SIZE)
-        command = self._table.get(ordinal)
         tpm = self._draft if self._draft_of is before else self._new_draft(before)
+        command = self._ready.get(ordinal)
         self._draft_of = None  # only what ends well puts it back
         tpm.locality = locality
         blocks: list[AuthBlock] = []
         try:
-            if self._is_ordinary and command is not None:
+            if command is not None:
                 # What `_begin` would look for is not there, and was found not to be in one go.
                 operands, at = command.takes.__wire_decode__(request, HEADER_BYTES)  # type: ignore[attr-defined]
                 if command.needs_owner and tpm.permanent.owner_auth is None:
                     raise TpmError(ReturnCode.NOSRK)  # noqa: TRY301 - one way out for all codes
                 is_audited = command.is_audited_at_factory
             else:
+                command = self._table.get(ordinal)
                 command, operands, at, is_audited = _begin(tpm, command, request)
             if tag not in command.sessions_by_tag:
                 raise TpmError(ReturnCode.BADTAG)  # noqa: TRY301
@@ -164,8 +170,10 @@ class Engine:
                 in_digest = sha1(
                     request[6:at] if start == HEADER_BYTES else request[6:10] + request[start:at]
                 )
-            if command.sessions or is_audited:
+            if blocks or command.keys or is_audited:
                 auth = _authorize(tpm, command, operands, blocks, in_digest)
+            elif command.sessions:
+                auth = Authorized(tpm, ordinal, command.unserved, (), b"", _NO_KEYS)
             else:
                 auth = _UNAUTHORIZED
             results = command.handler(tpm, operands, auth)
@@ -192,9 +200,9 @@ class Engine:
         ):
             self._draft_of = before
             return Outcome(response, before, False, _SUCCESS)
-        state = tpm.state()
-        tpm.settle()
-        self._draft_of, self._is_ordinary = state, _is_ordinary(state)
+        state = self._draft_of = tpm.settle()
+        if self._ready is not self._table or not _is_free_as_before(state, before):
+            self._ready = self._ready_in(state)
         return Outcome(response, state, state.permanent is not before.permanent, _SUCCESS)
 
     def _new_draft(self, state: State) -> Tpm:
@@ -204,8 +212,18 @@ class Engine:
         ended well serves the next one.
         """
         self._draft = Tpm(state, self._world, 0)
-        self._is_ordinary = _is_ordinary(state)
+        self._ready = self._ready_in(state)
         return self._draft
+
+    def _ready_in(self, state: State) -> Mapping[int, Command]:
+        """The commands for which nothing in a state is in the way."""
+        if _is_held(state):
+            return _NOTHING_READY
+        if state.volatile.sha1_thread is None:
+            return self._table
+        # Most commands end a SHA-1 computation, and so does any from another transport session.
+        is_on_transport = self._world.wrapping or state.volatile.sha1_thread_transport
+        return _NOTHING_READY if is_on_transport else self._hashing
 
     def keep(self, outcome: Outcome) -> None:
         """Make the outcome's state the TPM's."""
@@ -314,10 +332,10 @@ class Engine:
         return Outcome(response, tpm.state(), permanent_changed=changed, code=code)
 
 
-def _is_ordinary(state: State) -> bool:
-    """Is there nothing that would stop a command, or that a command would end?
+def _is_held(state: State) -> bool:
+    """May there be something that would stop a command, or that any command would end?
 
-    So it is nearly always. It is looked through when the state has changed, not with each command.
+    It is looked for when the state has changed, not with each command.
     """
     permanent, stclear, stany, volatile = (
         state.permanent,
@@ -325,16 +343,31 @@ def _is_ordinary(state: State) -> bool:
         state.stany,
         state.volatile,
     )
-    return not (
+    return bool(
         stany.post_initialise
         or stany.transport_exclusive
         or volatile.self_test != _FULLY_TESTED
-        or volatile.sha1_thread is not None
         or stclear.deactivated
         or stclear.failed_tries
         or permanent.flags.disable
         or permanent.saved_state is not None
         or permanent.ordinal_audit_status
+    )
+
+
+def _is_free_as_before(state: State, before: State) -> bool:
+    """Is nothing in the way of commands, as nothing was before? False: not known.
+
+    Most commands that change something change a session or a PCR; the rest is not looked at then.
+    """
+    stany, stclear = state.stany, state.stclear
+    return not (
+        state.volatile is not before.volatile
+        or state.permanent is not before.permanent
+        or stany.post_initialise
+        or stany.transport_exclusive
+        or stclear.deactivated
+        or stclear.failed_tries
     )
 
 
@@ -428,11 +461,13 @@ def _authorize(
     in_digest: bytes,
 ) -> Authorized:
     """Resolve key handles, check the keys' own bindings, then the sessions."""
-    keys = {}
-    for operand, reads_only in command.keys:
-        key = tpm.key(getattr(operands, operand))
-        check_key_use(tpm, key, reads_only=reads_only)
-        keys[operand] = key
+    keys = _NO_KEYS
+    if command.keys:
+        keys = {}
+        for operand, reads_only in command.keys:
+            key = tpm.key(getattr(operands, operand))
+            check_key_use(tpm, key, reads_only=reads_only)
+            keys[operand] = key
     sessions = command.sessions
     declared: Sequence[tuple[AuthBy, AuthBlock | None]]
     if not blocks:
@@ -455,9 +490,6 @@ def _signed(command: Command, results: Any, auth: Authorized) -> bytes:  # noqa:
     """The response to a command with authorization."""
     body = b"" if results is None else results.__wire_encode__()
     blocks = auth.blocks
-    for block in blocks:
-        if not block.is_verified:
-            raise AssertionError(f"TPM_{command.name} did not check every session")
     handles = 4 * command.handles_out
     digest = sha1(command.digest_prefix + (body[handles:] if handles else body))
     signed = auth.sign_response(blocks, digest)

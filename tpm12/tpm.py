@@ -114,10 +114,13 @@ class Tpm:
             self.volatile = self.volatile.clone()
         return self.volatile
 
-    def settle(self) -> None:
-        """Make the changes so far the ground to which `rollback()` returns."""
-        self._permanent, self._stclear = self.permanent, self.stclear
-        self._stany, self._volatile = self.stany, self.volatile
+    def settle(self) -> State:
+        """Make the changes so far the ground to which `rollback()` returns, and give it."""
+        permanent = self._permanent = self.permanent
+        stclear = self._stclear = self.stclear
+        stany = self._stany = self.stany
+        volatile = self._volatile = self.volatile
+        return State(permanent, stclear, stany, volatile)
 
     def rollback(self) -> None:
         """Drop every change since the last `settle()`."""

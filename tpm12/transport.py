@@ -314,7 +314,7 @@ class TransportAuthorized(Authorized):
         expected = proof(secret, in_param_digest, nonces, continues=block.continues)
         if not is_same(expected, block.mac):
             raise TpmError(failure, "wrong authorization for the transport session")
-        block.is_verified = True
+        block.hmac = secret
 
     def keep_log(self, trans_digest: bytes) -> None:
         """Give the session another log digest, if it is still there after the command."""
@@ -328,6 +328,8 @@ class TransportAuthorized(Authorized):
         sessions = tpm.stany.transport_sessions
         # The wrapped command itself may have ended the session, with the owner for one.
         continues = block.continues and block.handle in sessions
+        if block.hmac is None:
+            raise AssertionError("a response is signed before its request was checked")
         if continues:
             rolled = replace(session, nonce_even=self.nonce_even)
             tpm.change_stany().transport_sessions = {**sessions, block.handle: rolled}
@@ -335,7 +337,7 @@ class TransportAuthorized(Authorized):
             end(tpm, block.handle)
         digest = self.out_param_digest or out_param_digest
         nonces = self.nonce_even + block.nonce_odd
-        mac = proof(hmac_key(session.auth_data), digest, nonces, continues=continues)
+        mac = proof(block.hmac, digest, nonces, continues=continues)
         return signed + self.nonce_even + (_TRUE if continues else _FALSE) + mac
 
     def _found(self) -> TransportSession:
