@@ -435,9 +435,20 @@ class FrontendRing:
     def __init__(self, handle: int) -> None:
         self._handle = handle
         self._memory: str | None = None
+        """Of the backend of the last connection."""
         self._sequence = 0  # of the last request submitted or, after connecting, answered
         self.outstanding: Request | None = None
         self.reconnect()
+
+    @property
+    def memory(self) -> str:
+        """What the backend of the last connection calls its memory; empty before there was one."""
+        return self._memory or ""
+
+    @property
+    def sequence(self) -> int:
+        """The number of the request that was submitted last or, after connecting, answered."""
+        return self._sequence
 
     def reconnect(self) -> None:
         """Start the handshake of another connection with a page as new."""
@@ -496,6 +507,19 @@ class FrontendRing:
         sequence, locality, packet = self.outstanding
         self._sequence = sequence
         return kick(sequence, self._set_page(PageState.SUBMIT, locality, packet))
+
+    def restore(self, memory: str, request: Request) -> None:
+        """Take over a request that an earlier process of this domain has sent.
+
+        Connect then: `BackendConnected` says what became of it.
+
+        Args:
+            memory: Of the backend it was sent to.
+            request: With the number under which it was sent last.
+        """
+        if self.outstanding is not None or self.is_attached:
+            raise RingMisuseError("a request is outstanding, or the ring is connected")
+        self._memory, self._sequence, self.outstanding = memory, request.sequence, request
 
     def abandon(self) -> None:
         """Forget the outstanding request, after `BackendConnected` said what became of it."""
