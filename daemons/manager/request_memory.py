@@ -21,15 +21,16 @@ Invariants:
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from daemons.errors import ExitCode, Failure
-from daemons.journal import Journal, read_journal
+from daemons.journal import Journal, inspect_journal, read_journal
 from protocol.constants import Tag
 from protocol.framing import error_response
 from protocol.return_codes import ReturnCode
@@ -73,13 +74,16 @@ class RequestMemory:
         self.pending: Pending | None = None
         """What was under way when the manager before this one was killed, or is now."""
         key = hmac.digest(vault_id, OWNER, "sha256")
-        records = None if is_new else read_journal(path, key, OWNER)
+        records = None
+        if not is_new:
+            with _told(path):
+                records = read_journal(path, key, OWNER)
         self.is_resumed = records is not None
         try:
             for record in records or ():
                 self._replay(record)
         except (ValueError, struct.error) as error:
-            raise _not_understood(path, error) from error
+            raise _damaged(path, f"another version of the stack wrote it: {error}") from error
         self._journal = Journal(path, key, OWNER, self._snapshot())
 
     # -- what must not be done twice
@@ -216,11 +220,33 @@ def _item(tag: int, ring_id: str, sequence: int, data: bytes) -> bytes:
     return _ITEM.pack(tag, sequence, len(ring), len(data)) + ring + data
 
 
-def _not_understood(path: Path, error: Exception) -> Failure:
+def inspect_requests(path: Path) -> int | None:
+    """Look at the file, as far as it can be told without the key.
+
+    Returns:
+        How many records there are; None when there is no file, or one of an earlier boot.
+
+    Raises:
+        Failure: A manager would refuse it, whatever the key.
+    """
+    with _told(path):
+        return inspect_journal(path)
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Give a damaged journal the next step that this one has."""
+    try:
+        yield
+    except Failure as failure:
+        raise _damaged(path, failure.why) from failure
+
+
+def _damaged(path: Path, why: str) -> Failure:
     return Failure(
         f"cannot go on from journal {path}",
-        why=str(error),
-        next_step="It was written by another version of the stack: use that one, or give up what it"
-        " says by a reboot of the manager.",
+        why=why,
+        next_step=f"To give it up: rm {path}, and vtpm reboot of the manager. A guest's request"
+        " that was under way is answered TPM_IOERROR then.",
         exit_code=ExitCode.DAMAGED,
     )

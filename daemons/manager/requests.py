@@ -7,9 +7,9 @@ rules were weak they are not kept:
 - A vTPM that is new and one that is known passed the same admission, by label, before their first
   byte (`admission.py`). A new one is created by its first SAVEHASHKEY, for the UUID that the
   registry gives to the domain that asks.
-- A UUID has one holder. A connection takes it with its first Load, Save or administration, also of a
-  UUID that is not known yet, and gives it back when it ends. A newer connection of the same domain takes over:
-  the registry knows one process per domain, so the older one is a leftover.
+- A UUID has one holder. A connection takes it with its first Load, Save or administration, also of
+  a UUID that is not known yet, and gives it back when it ends. A newer connection of the same
+  domain takes over: the registry knows one process per domain, so the older one is a leftover.
 - Administration goes by label, never to whoever came first.
 - What must not be done twice (VTPM_DEL, TPM_Extend of the chip) is remembered before it is done
   (`request_memory.py`); all else is the same done twice.

@@ -20,6 +20,7 @@ from tests.system.scratch_stack import (
     GUEST1,
     MANAGER,
     VTPM1,
+    kill_and_wait,
     scratch_stack,
     wait_until,
 )
@@ -119,6 +120,41 @@ def test_measurement_in_the_chip_survives_a_kill_at_every_point(platform, seed):
             control.disarm()
             stack.until_running(*FIRST_CHAIN)
     assert chain.rounds == 2 + len(points)
+
+
+def test_manager_with_a_damaged_journal_of_requests_does_not_start(platform, seed):
+    stack, _ = platform
+    measure_once(stack, seed)
+    journal = stack.places.domain(MANAGER).requests
+    stack.vtpm("pause", MANAGER)  # so that it is not back before its journal is damaged
+    content = bytearray(journal.read_bytes())
+    content[150] ^= 1
+    with journal.open("r+b") as file:  # the same file: not a copy of it
+        file.write(content)
+    kill_and_wait(stack.pid(MANAGER))
+    row = stack.until_state(MANAGER, "failed")
+    assert f"cannot go on from journal {journal}" in row["state"]
+    assert journal.read_bytes() == bytes(content), "what cannot be read stays as it is"
+    journal.unlink()
+    stack.vtpm("reboot", MANAGER)
+    stack.until_running(*FIRST_CHAIN)
+    measure_once(stack, seed)
+
+
+def test_manager_without_its_journal_of_requests_serves(platform, seed):
+    """What it does not know then is told by the name of its memory: see `test_ring.py`."""
+    stack, _ = platform
+    stack.vtpm("pause", MANAGER)
+    stack.places.domain(MANAGER).requests.unlink()
+    kill_and_wait(stack.pid(MANAGER))
+    measure_once(stack, seed)
+    stack.until_running(*FIRST_CHAIN)
+
+
+def measure_once(stack, seed):
+    chain = chain_of(stack, seed)
+    with Tpm0Client(chain.tpm0) as device:
+        chain.extend(device.exchange, random.Random(seed).randbytes(20))
 
 
 class Faulty(HardwareChain):

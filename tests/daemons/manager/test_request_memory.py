@@ -150,9 +150,10 @@ def test_damaged_file_is_refused_and_stays(path: Path, at: int):
 def test_file_of_another_version_of_the_items_is_refused(path: Path):
     memory = memory_at(path)
     memory._append(b"\x09" + bytes(14))
-    with pytest.raises(Failure, match="another version") as refused:
+    with pytest.raises(Failure, match="cannot go on from journal") as refused:
         memory_at(path)
-    assert "an item of kind 9" in refused.value.why
+    assert refused.value.why == "another version of the stack wrote it: an item of kind 9"
+    assert f"rm {path}" in refused.value.next_step
 
 
 # -- the whole way: killed at each step, a request is carried out once -----------------------------
