@@ -62,6 +62,10 @@ class RingForgotten(RingLost):
     """The backend is there again, and has lost its memory of what it had executed."""
 
 
+class RingRolledBack(RingLost):
+    """The backend is there again with less in its memory than it had answered."""
+
+
 class RingRefused(Failure):
     """The backend does not take this frontend."""
 
@@ -108,17 +112,20 @@ class RingClient:
         may_run_twice: What to do with an outstanding request when the backend has lost its memory:
             True submits it as a new one (right for requests that are the same done twice), False
             raises `RingLost`.
+        may_forget: A backend that was started anew, and so has another memory, is as good. Not for
+            a guest: it would go on with clean PCRs.
         on_status: Called with one line when this client begins to wait for its backend and when it
             has it again; from the thread that waits.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - one and five named ones with defaults
         self,
         path: Path,
         *,
         handle: int = 0,
         reconnect_s: float = RECONNECT_S,
         may_run_twice: bool = False,
+        may_forget: bool = True,
         on_status: Callable[[str], None] | None = None,
     ) -> None:
         self.path = path
@@ -128,7 +135,7 @@ class RingClient:
         self._reconnect_s = reconnect_s
         self._may_run_twice = may_run_twice
         self._on_status = on_status or (lambda _: None)
-        self._ring = FrontendRing(handle)
+        self._ring = FrontendRing(handle, may_forget=may_forget)
         self._connection: socket.socket | None = None
         self._turn = FairLock()
         self._guard = threading.Lock()  # of _ring and _connection, against cancel and close
@@ -221,6 +228,8 @@ class RingClient:
             if isinstance(event, BackendWaiting):
                 connection.send(self._ring.publish())
             elif isinstance(event, BackendConnected):
+                if event.fate is Fate.ROLLED_BACK:
+                    raise self._lost(event.fate.value, RingRolledBack)
                 connection.send(self._ring.connected())
                 self.uuid, self.ring_id = event.uuid, event.ring_id
                 return event.fate
@@ -259,7 +268,8 @@ class RingClient:
 
         Raises:
             RingCancelled: `cancel` was called in time; nothing was changed.
-            RingLost: The backend did not come back or answer in time, or has lost its memory.
+            RingLost: The backend did not come back or answer in time, or has lost its memory
+                (`RingForgotten`) or a part of it (`RingRolledBack`).
             RingRefused: The backend that came back does not take this frontend.
             RequestTooLong: The request is longer than 4088 bytes.
         """

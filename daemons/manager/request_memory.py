@@ -131,9 +131,10 @@ class RequestMemory:
                 return response
         return None
 
-    def put(self, ring_id: str, sequence: int, response: bytes) -> None:
+    def put(self, ring_id: str, sequence: int, response: bytes) -> bool:
         """Keep a response for a frontend that asks twice on the same connection."""
         self._passing[ring_id] = (sequence, response)
+        return self.last_sequence(ring_id) == sequence
 
     # -- the file
 

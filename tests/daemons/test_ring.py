@@ -28,6 +28,7 @@ from daemons.ring_client import (
     RingForgotten,
     RingLost,
     RingRefused,
+    RingRolledBack,
     Sent,
 )
 from daemons.ring_server import (
@@ -641,6 +642,61 @@ async def test_next_process_of_a_frontend_is_told_when_nobody_knows(harness, wha
         with pytest.raises(RingForgotten):
             await resumed(harness, b"one", sent)
     assert len(harness.backend.executed) == 2
+
+
+class KeptResponses(ResponsesInMemory):
+    """A store that says of all its responses that they outlive the process."""
+
+    def put(self, ring_id, sequence, response):
+        super().put(ring_id, sequence, response)
+        return True
+
+
+async def answered_three(harness, **options):
+    """A frontend with three answers, the last two of which its backend must not forget."""
+    client = await harness.connected(**options)
+    await blocking(client.exchange, b"one")
+    older = KeptResponses(harness.responses.memory, harness.responses._last)
+    await blocking(client.exchange, b"two")
+    await blocking(client.exchange, b"three")
+    return client, older
+
+
+@pytest.mark.parametrize("backend", ["older contents", "none"])
+async def test_frontend_refuses_a_backend_that_remembers_less_than_it_answered(harness, backend):
+    harness.responses = KeptResponses()
+    async with harness.serving() as stop:
+        client, older = await answered_three(harness, may_forget=False)
+        await stop()
+    harness.responses = older if backend == "older contents" else KeptResponses()
+    async with harness.serving():
+        for _ in range(2):
+            with pytest.raises(RingRolledBack, match="is lost"):
+                await blocking(client.exchange, b"four")
+    assert b"four" not in [call[3] for call in harness.backend.executed]
+
+
+@pytest.mark.parametrize("responses", [ResponsesInMemory, KeptResponses])
+async def test_frontend_takes_a_backend_that_remembers_what_it_must(harness, responses):
+    """A response that changed nothing may be forgotten; one that is kept is there."""
+    harness.responses = responses()
+    async with harness.serving() as stop:
+        client, older = await answered_three(harness, may_forget=False)
+        await stop()
+    if responses is ResponsesInMemory:
+        harness.responses = older
+    async with harness.serving():
+        assert await blocking(client.exchange, b"four") == b"four"
+
+
+async def test_frontend_that_may_takes_a_backend_that_was_started_anew(harness):
+    harness.responses = KeptResponses()
+    async with harness.serving() as stop:
+        client, _ = await answered_three(harness)
+        await stop()
+    harness.responses = KeptResponses()
+    async with harness.serving():
+        assert await blocking(client.exchange, b"four") == b"four"
 
 
 BACKEND = """
