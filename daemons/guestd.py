@@ -172,6 +172,7 @@ class Guest:
             self._places.domain(device.backend).ring_socket,
             handle=device.handle,
             reconnect_s=self._chosen.reconnect_s,
+            may_forget=False,
             on_status=self._status.ring,
         )
 

@@ -20,8 +20,9 @@ Invariants:
   copy of the file (it has another inode), another owner's file.
 - A file of an earlier boot of the machine is as if it were not there: the machine lost its power.
 
-Not covered: whoever may write into this very file while its owner is dead can put older contents
-back. He has the owner's uid, and so the owner's memory too.
+Not covered here: whoever may write into this very file while its owner is dead can put older
+contents back. He has the owner's uid, and so the owner's memory too. Frontends of rings notice
+it, see `Fate.ROLLED_BACK` in `protocol/tpmif.py`.
 """
 
 from __future__ import annotations

@@ -96,6 +96,11 @@ class DomainPlaces:
         return self.directory / "journal"
 
     @property
+    def requests(self) -> Path:
+        """What the manager must not do twice, which survives a killed manager."""
+        return self.directory / "requests"
+
+    @property
     def config(self) -> Path:
         """The xl config file as it was when the domain was created."""
         return self.directory / "domain.cfg"

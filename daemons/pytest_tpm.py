@@ -49,17 +49,21 @@ class Choice:
         seed: The same keys, nonces and random bytes in every run.
         has_ek: With an endorsement key, as from most makers.
         is_ephemeral: Keeps nothing; `restart` then gives a new TPM.
+        has_journal: `crash` leaves PCRs, sessions and keys as they are; else it is a power cycle.
     """
 
     seed: int | None = None
     has_ek: bool = True
     is_ephemeral: bool = False
+    has_journal: bool = False
 
     def options(self, state: Path) -> list[str]:
         """Of the command."""
         words = ["--ephemeral"] if self.is_ephemeral else ["--state", str(state)]
         if self.seed is not None:
             words += ["--seed", str(self.seed)]
+        if self.has_journal:
+            words.append("--journal")
         return words if self.has_ek else [*words, "--no-ek"]
 
 
@@ -165,6 +169,14 @@ class Tpm12Simulator:
         process.kill()
         process.wait()
 
+    def crash(self) -> None:
+        """End it by SIGKILL, at whatever instant that is, and start it again on the same state.
+
+        With `has_journal` it goes on where it was. Connections end; `client` is a new one.
+        """
+        self.kill()
+        self.start()
+
     def close(self) -> None:
         """Stop it if it runs."""
         if self._process is not None:
@@ -190,7 +202,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Make the mark known."""
     config.addinivalue_line(
         "markers",
-        f"{_MARK}(seed=None, has_ek=True, is_ephemeral=False): options of the test's TPM simulator",
+        f"{_MARK}(seed=None, has_ek=True, is_ephemeral=False, has_journal=False): options of the"
+        " test's TPM simulator",
     )
 
 

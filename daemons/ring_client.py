@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final, Self
+from typing import Final, NamedTuple, Self
 from uuid import UUID
 
 from daemons.errors import ExitCode, Failure
@@ -35,6 +35,7 @@ from protocol.tpmif import (
     Finished,
     FrontendRing,
     PeerClosed,
+    Request,
 )
 from protocol.tpmif_page import PACKET_BYTES_MAX
 from protocol.wire import DecodeError
@@ -61,6 +62,10 @@ class RingForgotten(RingLost):
     """The backend is there again, and has lost its memory of what it had executed."""
 
 
+class RingRolledBack(RingLost):
+    """The backend is there again with less in its memory than it had answered."""
+
+
 class RingRefused(Failure):
     """The backend does not take this frontend."""
 
@@ -71,6 +76,22 @@ class RingCancelled(Failure):
 
 class RequestTooLong(Failure):
     """The request does not fit into the shared page."""
+
+
+class Sent(NamedTuple):
+    """Under what a request was sent: who knows this can ask later what became of it.
+
+    Attributes:
+        memory: Of the backend; another backend, or one that has forgotten, has another.
+        sequence: Its number.
+    """
+
+    memory: str
+    sequence: int
+
+
+BeforeSend = Callable[[Sent], None]
+"""Called whenever a request is about to be sent, also when it is sent again; must not block."""
 
 
 class _Dropped(Exception):  # noqa: N818 - never leaves this module
@@ -91,17 +112,20 @@ class RingClient:
         may_run_twice: What to do with an outstanding request when the backend has lost its memory:
             True submits it as a new one (right for requests that are the same done twice), False
             raises `RingLost`.
+        may_forget: A backend that was started anew, and so has another memory, is as good. Not for
+            a guest: it would go on with clean PCRs.
         on_status: Called with one line when this client begins to wait for its backend and when it
             has it again; from the thread that waits.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - one and five named ones with defaults
         self,
         path: Path,
         *,
         handle: int = 0,
         reconnect_s: float = RECONNECT_S,
         may_run_twice: bool = False,
+        may_forget: bool = True,
         on_status: Callable[[str], None] | None = None,
     ) -> None:
         self.path = path
@@ -111,7 +135,7 @@ class RingClient:
         self._reconnect_s = reconnect_s
         self._may_run_twice = may_run_twice
         self._on_status = on_status or (lambda _: None)
-        self._ring = FrontendRing(handle)
+        self._ring = FrontendRing(handle, may_forget=may_forget)
         self._connection: socket.socket | None = None
         self._turn = FairLock()
         self._guard = threading.Lock()  # of _ring and _connection, against cancel and close
@@ -204,6 +228,8 @@ class RingClient:
             if isinstance(event, BackendWaiting):
                 connection.send(self._ring.publish())
             elif isinstance(event, BackendConnected):
+                if event.fate is Fate.ROLLED_BACK:
+                    raise self._lost(event.fate.value, RingRolledBack)
                 connection.send(self._ring.connected())
                 self.uuid, self.ring_id = event.uuid, event.ring_id
                 return event.fate
@@ -230,16 +256,20 @@ class RingClient:
 
     # -- commands ------------------------------------------------------------------------------
 
-    def exchange(self, request: bytes, locality: int = 0) -> bytes:
+    def exchange(
+        self, request: bytes, locality: int = 0, *, before_send: BeforeSend | None = None
+    ) -> bytes:
         """Send a request and wait for its response, over reconnects if need be.
 
         Args:
             request: Up to 4088 bytes.
             locality: The locality to ask for; the backend decides.
+            before_send: Told under what it goes out, for a `resume` by the process after this one.
 
         Raises:
             RingCancelled: `cancel` was called in time; nothing was changed.
-            RingLost: The backend did not come back or answer in time, or has lost its memory.
+            RingLost: The backend did not come back or answer in time, or has lost its memory
+                (`RingForgotten`) or a part of it (`RingRolledBack`).
             RingRefused: The backend that came back does not take this frontend.
             RequestTooLong: The request is longer than 4088 bytes.
         """
@@ -248,13 +278,39 @@ class RingClient:
         with self._turn:
             self._is_cancel_wanted, self._is_exchanging = False, True
             try:
-                return self._exchange(request, locality)
+                return self._exchange(request, locality, before_send)
             finally:
                 self._is_exchanging = False
 
-    def _exchange(self, request: bytes, locality: int) -> bytes:
+    def resume(self, request: bytes, sent: Sent, before_send: BeforeSend) -> bytes:
+        """Bring a request to its end that an earlier process of this domain has sent.
+
+        Args:
+            request: As it was sent.
+            sent: What `before_send` was told last.
+            before_send: As for `exchange`.
+
+        Raises:
+            RingForgotten: The backend cannot tell what became of it.
+            Failure: As `exchange`.
+        """
+        with self._turn:
+            self._drop()
+            self._is_cancel_wanted = False
+            with self._guard:
+                self._ring.reconnect()
+                self._ring.restore(sent.memory, Request(sent.sequence, 0, request))
+            return self._exchange(request, 0, before_send, was_sent=True)
+
+    def _exchange(
+        self,
+        request: bytes,
+        locality: int,
+        before_send: BeforeSend | None,
+        *,
+        was_sent: bool = False,  # perhaps executed: a send that fails delivers nothing
+    ) -> bytes:
         """Bring a request to its end, over as many connections as it takes."""
-        was_sent = False  # perhaps executed: a send that fails delivers nothing
         reason: Exception | None = None
         for _ in range(RECONNECTS_MAX + 1):
             fate = Fate.NONE
@@ -264,7 +320,7 @@ class RingClient:
                     self._forget_outstanding()
                 self._check_fate(fate, reason)
             try:
-                return self._attempt(request, locality)
+                return self._attempt(request, locality, before_send)
             except _NotSent as error:
                 reason = error
             except (_Dropped, OSError, DecodeError) as error:
@@ -283,7 +339,9 @@ class RingClient:
                 why = "it has lost its memory of this ring in between"
                 raise self._lost(why, RingForgotten) from reason
 
-    def _attempt(self, request: bytes, locality: int) -> bytes:
+    def _attempt(
+        self, request: bytes, locality: int, before_send: BeforeSend | None = None
+    ) -> bytes:
         """Submit, or resubmit what is outstanding, and wait for the answer on this connection."""
         ring = self._ring
         with self._guard:
@@ -292,6 +350,8 @@ class RingClient:
                 raise _NotSent("the connection was closed")
             is_new = ring.outstanding is None
             message = ring.submit(request, locality) if is_new else ring.resubmit()
+            if before_send is not None:
+                before_send(Sent(ring.memory, ring.sequence))
             try:
                 connection.send(message)
             except OSError as error:
@@ -309,10 +369,13 @@ class RingClient:
                 event = self._ring.receive(message)
             if type(event) is Finished:
                 return event.packet
-            if isinstance(event, Cancelled):
-                raise _cancelled(self.path)
             if event is not None:
-                raise _Dropped(f"the backend is closing: {event}")
+                raise self._no_response(event)
+
+    def _no_response(self, event: object) -> Exception:
+        if isinstance(event, Cancelled):
+            return _cancelled(self.path)
+        return _Dropped(f"the backend is closing: {event}")
 
     def _receive_late(self, connection: socket.socket) -> bytes:
         """Cancel a command that takes too long, and wait a little more."""

@@ -135,8 +135,8 @@ class ResponseStore(Protocol):
     def get(self, ring_id: str, sequence: int) -> bytes | None:
         """Give a stored response; None when that number is not the last one stored."""
 
-    def put(self, ring_id: str, sequence: int, response: bytes) -> None:
-        """Store a response in place of the ring's one before."""
+    def put(self, ring_id: str, sequence: int, response: bytes) -> bool:
+        """Store a response in place of the ring's one before; True when it outlives a kill."""
 
 
 class ResponsesInMemory:
@@ -163,9 +163,10 @@ class ResponsesInMemory:
         last_sequence, response = self._last.get(ring_id, (0, b""))
         return response if sequence == last_sequence else None
 
-    def put(self, ring_id: str, sequence: int, response: bytes) -> None:
+    def put(self, ring_id: str, sequence: int, response: bytes) -> bool:
         """See `ResponseStore`."""
         self._last[ring_id] = (sequence, response)
+        return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -481,12 +482,12 @@ class _Carrier:
                 if len(response) > PACKET_BYTES_MAX:
                     _log(peer).error("response too long for the ring", length=len(response))
                     response = error_response(ReturnCode.SIZE)
-            self._responses.put(peer.ring_id, sequence, response)
+            is_kept = self._responses.put(peer.ring_id, sequence, response)
         except PEER_FAULTS as error:
             raise RuntimeError("the backend let an error of its own links escape") from error
         finally:
             self._turn.release()
-        return self._ring.finish(response) if response else self._ring.idle()
+        return self._ring.finish(response, is_kept=is_kept) if response else self._ring.idle()
 
     def _repeat(self, sequence: int) -> bytes:
         with self._turn:

@@ -1,14 +1,15 @@
 """The engine alone: one TPM 1.2 on a raw stream socket, in place of a chip or of swtpm.
 
-    vtpm simulator --state DIR --socket PATH [--no-ek] [--ephemeral] [--seed N]
+    vtpm simulator --state DIR --socket PATH [--journal] [--no-ek] [--ephemeral] [--seed N]
 
 Same engine, same store and same promises as the hardware TPM: permanent state is synced into
 DIR/tpm.nv before a command is answered. One or many clients; each command runs whole.
 
 The TPM is powered on when the simulator starts, and starts itself (TPM_Startup(ST_CLEAR)) when the
 first command is not a TPM_Startup; so it suits clients that send one and clients that do not.
-SIGHUP is a power cycle, SIGTERM ends it. With a seed it makes the same keys, nonces and random
-bytes in every run, and says so in its TPM_CAP_VERSION_VAL.
+SIGHUP is a power cycle, SIGTERM ends it. To kill it is a power cycle too, unless it keeps a journal
+(DIR/journal): then the next one goes on where the killed one was, as a vTPM does. With a seed it
+makes the same keys, nonces and random bytes in every run, and says so in its TPM_CAP_VERSION_VAL.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import signal
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from daemons import logs
 from daemons.chip_memory import ChipMemory
@@ -28,9 +29,11 @@ from daemons.durable_tpm import DurableTpm, PermanentStore
 from daemons.errors import ExitCode, Failure
 from daemons.fair_lock import FairLock
 from daemons.guest.tpm0_stream import Tpm0Stream
+from daemons.journal import remove_journal
 from daemons.listeners import Kind, listen, steady_directory
 from daemons.sd_notify import Notifier
 from daemons.thread_service import STOPS, Signals, ThreadService
+from daemons.volatile_memory import VolatileMemory
 from daemons.world import SeededRng
 from protocol.constants import Ordinal
 from tpm12.commands import ALL
@@ -42,6 +45,7 @@ PROGRAM: Final = "vtpm simulator"
 SEEDED: Final = dataclasses.replace(CHIP, manufacturer=b"SEED", is_repeatable=True)
 """A TPM whose secrets anyone can compute again says so to whoever asks for its maker."""
 _MEMORY: Final = "tpm.nv"
+_JOURNAL: Final = "journal"
 _STARTUP: Final = Ordinal.STARTUP.to_bytes(4, "big")
 
 
@@ -53,6 +57,7 @@ class Options:
     socket: Path
     has_ek: bool = True
     is_ephemeral: bool = False
+    has_journal: bool = False
     seed: int | None = None
 
 
@@ -92,8 +97,14 @@ class Simulator:
     def __init__(self, tpm: DurableTpm) -> None:
         self._tpm = tpm
         self._turn = FairLock()
-        self._has_started = False
-        self._tpm.power_on()
+        self._has_started = tpm.is_resumed and not tpm.state.stany.post_initialise
+        if not tpm.is_resumed:
+            tpm.power_on()
+
+    @property
+    def is_resumed(self) -> bool:
+        """Whether it goes on where a killed one was."""
+        return self._tpm.is_resumed
 
     def exchange(self, request: bytes) -> bytes:
         """Run one command at locality 0."""
@@ -119,6 +130,11 @@ class Simulator:
             self._has_started = False
             self._tpm.power_on()
 
+    def power_off(self) -> None:
+        """The power goes, and what a journal has is true no longer."""
+        with self._turn:
+            self._tpm.power_off()
+
     def make_endorsement_key(self) -> None:
         """Do what a maker does, and begin again as just powered on.
 
@@ -126,6 +142,7 @@ class Simulator:
             Failure: The key was not made or not stored.
         """
         with self._turn:
+            self._tpm.power_off()  # a journal begins with the power-on below
             self._tpm.start()
             self._tpm.make_endorsement_key()
             self._tpm.power_on()
@@ -147,13 +164,38 @@ def open_simulator(options: Options) -> Simulator:
     if options.seed is not None:
         profile, rng = SEEDED, SeededRng(options.seed)
         key_generator = SeededKeyGenerator(rng)
-    tpm = DurableTpm(store, profile=profile, commands=ALL, rng=rng, key_generator=key_generator)
+    tpm = _open_tpm(options, store, profile=profile, rng=rng, key_generator=key_generator)
     simulator = Simulator(tpm)
     if tpm.is_new and options.has_ek:
         simulator.make_endorsement_key()
     elif tpm.is_new:
         tpm.save_as_new()
     return simulator
+
+
+def _open_tpm(options: Options, store: PermanentStore, **world: Any) -> DurableTpm:  # noqa: ANN401 - of `DurableTpm`
+    """Open the TPM, with what a killed one has left in its journal.
+
+    Raises:
+        Failure: The journal cannot be gone on from; it stays as it is.
+    """
+    if options.is_ephemeral:
+        return DurableTpm(store, commands=ALL, **world)
+    path = options.state / _JOURNAL
+    if not options.has_journal:
+        remove_journal(path)  # this start is a power-on, and what it says is over
+        return DurableTpm(store, commands=ALL, **world)
+    try:
+        return DurableTpm(store, commands=ALL, memory=VolatileMemory(path, PROGRAM), **world)
+    except Failure as failure:
+        if failure.exit_code is not ExitCode.DAMAGED:
+            raise
+        raise Failure(
+            failure.what,
+            why=failure.why,
+            next_step=f"To give up what was in memory, as a power cycle does: rm {path}",
+            exit_code=failure.exit_code,
+        ) from failure
 
 
 def _make_folder(path: Path) -> None:
@@ -224,7 +266,7 @@ def _run(options: Options, signals: Signals) -> None:
     service = ThreadService(listener, stream.serve, _log)
     _log(
         "info",
-        "serving a TPM 1.2",
+        "serving a TPM 1.2" + (", gone on where a killed one was" if simulator.is_resumed else ""),
         socket=str(options.socket),
         state="in memory only" if options.is_ephemeral else str(options.state),
         seed="none" if options.seed is None else str(options.seed),
@@ -236,6 +278,7 @@ def _run(options: Options, signals: Signals) -> None:
 
     gc.freeze()  # what is there now stays; looking through it again would stop commands for 10 ms
     service.run(signals, Notifier.from_environment(os.environ), hung_up)
+    simulator.power_off()
 
 
 def _log(level: str, event: str, /, **values: object) -> None:

@@ -15,7 +15,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, Self, TypeVar
 
@@ -236,6 +236,22 @@ class TisLink:
         with self._turn, self._told("resume a command on"):
             return self._execute(request, is_outstanding=True)
 
+    def recollect(self, request: bytes) -> bytes | None:
+        """Give the response of a command that an earlier process left outstanding, if it has run.
+
+        Returns:
+            The response, which stays in the chip until `finish`; None when the command never
+            reached the chip as a whole, and so was not run, nor is it now.
+        """
+        with self._turn, self._told("learn what became of a command on"):
+            return self._persist(lambda wire: self._resumed(wire, request))
+
+    def settle(self) -> None:
+        """Make sure that no response of an earlier command waits in the chip."""
+        with self._turn, self._told("end a command on"):
+            if self._is_unfinished:
+                self._persist(self._finish_over)
+
     def identify(self) -> ChipIdentity:
         """Take the locality and read what chip this is."""
         with self._turn, self._told("identify"):
@@ -284,22 +300,33 @@ class TisLink:
     # -- with the turn held
 
     def _execute(self, request: bytes, *, is_outstanding: bool) -> bytes:
+        def execute(wire: _Wire) -> bytes:
+            nonlocal is_outstanding
+            if is_outstanding:
+                # Before anything else is done to the registers: they know what happened.
+                response = self._resumed(wire, request)
+                if response is not None:
+                    return response
+            elif self._is_unfinished:
+                self._finish_over(wire)
+            self._initialized(wire)
+            wire.allow(self._answer_timeout_s + self._driver.timing.duration_s(request))
+            is_outstanding = self._is_unfinished = True
+            return wire.run(self._driver.execute(request))
+
+        return self._persist(execute)
+
+    def _resumed(self, wire: _Wire, request: bytes) -> bytes | None:
+        wire.allow(self._answer_timeout_s + self._driver.timing.duration_s(request))
+        return wire.run(self._driver.resume(request))
+
+    def _persist(self, work: Callable[[_Wire], T]) -> T:
+        """Do something with the chip, over the loss of connections."""
         connect_timeout_s = self._connect_timeout_s
         deadline_s: float | None = None
         while True:
             try:
-                wire = self._connected(connect_timeout_s)
-                wire.allow(self._answer_timeout_s + self._driver.timing.duration_s(request))
-                if is_outstanding:
-                    # Before anything else is done to the registers: they know what happened.
-                    response = wire.run(self._driver.resume(request))
-                    if response is not None:
-                        return response
-                elif self._is_unfinished:
-                    self._finish_over(wire)
-                self._initialized(wire)
-                is_outstanding = self._is_unfinished = True
-                return wire.run(self._driver.execute(request))
+                return work(self._connected(connect_timeout_s))
             except _LostError:
                 now_s = time.monotonic()
                 if deadline_s is None:

@@ -38,6 +38,7 @@ from daemons.vtpm.backend import VtpmBackend
 from daemons.vtpm.command_set import command_set
 from daemons.vtpm.image import VtpmImage
 from daemons.vtpm.manager_link import ManagerLink
+from daemons.vtpm.passed_on import finish_passing_on
 from daemons.vtpm.remembered_responses import remembered_responses
 from daemons.xl.domain_arguments import StartupType as StartupArgument
 from daemons.xl.domain_arguments import VtpmArguments
@@ -97,11 +98,12 @@ async def _run(options: DomainOptions) -> None:
     )
     with ring:
         await _in_thread(partial(ring.connect, MANAGER_WAIT_S))
-        manager = ManagerLink(ring.exchange)
+        manager = ManagerLink(ring)
         open_tpm = partial(
             _open_tpm, places, config, own, manager, notifier, open_disk=hooks.open_disk
         )
         tpm = await _in_thread(partial(open_tpm, must_go_on=options.must_go_on))
+        await _in_thread(partial(finish_passing_on, tpm, manager))
         if tpm.notes.get(_STARTED) != b"1":
             await _in_thread(partial(_start, tpm, arguments, manager, is_first=True))
         backend = VtpmBackend(

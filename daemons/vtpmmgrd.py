@@ -22,17 +22,20 @@ import structlog
 import trio
 
 from daemons import logs, policy, settings
+from daemons.disk import Disk
 from daemons.domain_options import DomainOptions, parse_domain_options
 from daemons.errors import ExitCode, Failure
 from daemons.faults.hooks import hooks_of
 from daemons.listeners import Kind, activated_or_listen
 from daemons.manager import sealing
 from daemons.manager.admission import Admission, Client, label_patterns
-from daemons.manager.chip import Chip, ChipSecrets
+from daemons.manager.chip import Chip, ChipSecrets, Progress
 from daemons.manager.handle_journal import HandleJournal
 from daemons.manager.manager_settings import VtpmmgrdSettings
 from daemons.manager.opening import NO_ANCHOR, Wishes, open_vault, reopen_vault
-from daemons.manager.requests import Requests
+from daemons.manager.request_memory import Once, Pending, RequestMemory, in_doubt, settle
+from daemons.manager.requests import Requests, response_of_deletion
+from daemons.manager.vault import Vault, inspect
 from daemons.manager.vault_format import SealedKey
 from daemons.manager.vault_keeper import VaultKeeper
 from daemons.places import Places
@@ -40,10 +43,11 @@ from daemons.registry import Registry, Role
 from daemons.ring_server import Refused, RingPeer, serve_rings
 from daemons.sd_notify import Notifier
 from daemons.service import run_daemon
-from daemons.tis_link import TisLink
+from daemons.tis_link import ChipFault, TisLink
 from daemons.world import SystemRng
 from daemons.xl.domain_arguments import ManagerArguments, TpmDriver
 from daemons.xl.domain_config import STATE_DISK, DomainConfig, read_domain
+from tpm12.ports import Rng
 
 PROGRAM: Final = "vtpmmgrd"
 SOCKET_NAME: Final = "ring"
@@ -68,6 +72,7 @@ class ManagerBackend:
     Args:
         requests: Answers requests.
         admission: Tells who a ring's frontend is.
+        memory: What must not be done twice is written down there.
         records: The records whose number people are shown.
         on_count: Called with that number when it has changed.
     """
@@ -76,6 +81,7 @@ class ManagerBackend:
         self,
         requests: Requests,
         admission: Admission,
+        memory: RequestMemory,
         records: Sized = (),
         on_count: Callable[[int], None] = lambda _: None,
     ) -> None:
@@ -84,6 +90,7 @@ class ManagerBackend:
         self._count = len(records)
         self._requests = requests
         self._admission = admission
+        self._memory = memory
         self._clients: dict[int, Client] = {}
 
     def attached(self, peer: RingPeer) -> None:
@@ -97,8 +104,10 @@ class ManagerBackend:
 
     def execute(self, peer: RingPeer, request: bytes, locality: int, sequence: int) -> bytes:
         """Answer one request. Clients have no locality of the chip: the manager uses its own."""
-        del locality, sequence
-        response = self._requests.execute(self._clients[peer.connection_id], request)
+        del locality
+        once = Once(self._memory, Pending(peer.ring_id, sequence, request))
+        response = self._requests.execute(self._clients[peer.connection_id], request, once)
+        once.answer(response)
         if len(self._records) != self._count:
             self._count = len(self._records)
             self._on_count(self._count)
@@ -135,30 +144,63 @@ async def run(options: DomainOptions) -> None:
     ):
         rng = SystemRng()
         chip = Chip(link, secrets, HandleJournal(own.journal), notifier.status, rng)
-        vault, sealed = await _with_link(
-            link, partial(open_vault, disk, chip, setup.wishes, notifier.status, rng)
-        )
+        opening = partial(_open, path=own.requests, progress=notifier.status, rng=rng)
+        vault, sealed, memory = await _with_link(link, partial(opening, disk, chip, setup.wishes))
         reopen = partial(reopen_vault, setup.image, open_disk=hooks.open_disk)
         keeper = VaultKeeper(vault, reopen)
         tell_count = partial(_tell_count, notifier, sealed)
         tell_count(len(vault))
         requests = Requests(keeper, chip, partial(_tell, notifier))
-        backend = ManagerBackend(requests, admission, keeper, tell_count)
+        backend = ManagerBackend(requests, admission, memory, keeper, tell_count)
         try:
             listener = activated_or_listen(SOCKET_NAME, own.ring_socket, Kind.SEQPACKET)
             await serve_rings(
                 listener,
                 backend,
                 admission.admit,
+                responses=memory,
                 settings=chosen.rings,
                 is_alive=partial(len, keeper),
                 wrap_socket=hooks.ring_socket,
             )
         finally:
             keeper.close()
+            memory.close()
             # The chip may be gone; then its session is gone too, or the next manager ends it.
             with trio.move_on_after(CLOSE_CHIP_S, shield=True):
                 await trio.to_thread.run_sync(chip.close, abandon_on_cancel=True)
+
+
+def _open(  # noqa: PLR0913 - everything there is at a start
+    disk: Disk, chip: Chip, wishes: Wishes, *, path: Path, progress: Progress, rng: Rng
+) -> tuple[Vault, SealedKey, RequestMemory]:
+    """Open the vault, and find out what became of a request that a killed manager had begun.
+
+    Raises:
+        Failure: See `open_vault` and `RequestMemory`.
+    """
+    header = inspect(disk).header
+    memory = None if header is None else RequestMemory(path, header.vault_id)
+    if memory is not None:
+        _settle_at_chip(memory, chip)
+    vault, sealed = open_vault(disk, chip, wishes, progress, rng)
+    if memory is None:
+        memory = RequestMemory(path, vault.header.vault_id, is_new=True)
+    elif memory.pending is not None:
+        settle(memory, partial(response_of_deletion, records=vault))
+    return vault, sealed, memory
+
+
+def _settle_at_chip(memory: RequestMemory, chip: Chip) -> None:
+    if memory.pending is None or not memory.pending.is_for_chip:
+        return
+    try:
+        settle(memory, chip.recollect)
+    except ChipFault as fault:
+        structlog.get_logger().error(
+            "a request is in doubt", ring=memory.pending.ring_id, why=str(fault)
+        )
+        memory.answer(in_doubt())
 
 
 def read_setup(config: DomainConfig, places: Places, chosen: VtpmmgrdSettings) -> Setup:

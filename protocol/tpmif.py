@@ -13,6 +13,8 @@ Invariants:
 - Sequence numbers go up by one. The one that was executed last may come again and is a `Repeat`.
   A backend that crashed may remember less than it has answered, but no less than what changed
   anything: a request it does not remember is executed again, under the next number it expects.
+- An answer that changed something says so by its prefix (`Kind.KEPT`). A backend that comes back
+  under the same name and remembers less than that was given older contents of its memory.
 - Whatever a peer sends is an event or a `DecodeError`; after one the connection is to be closed.
 - The locality byte is passed on as it came: what a peer may ask for is the backend's policy.
 
@@ -61,6 +63,7 @@ LAST_SEQUENCE: Final = "last-sequence"
 
 # Enumeration members cost more to look up than the rest of a kick: plain numbers for the hot path.
 _KICK: Final = 2
+_KEPT: Final = 3
 _SUBMIT: Final = int(PageState.SUBMIT)
 _FINISH: Final = int(PageState.FINISH)
 _FRONTEND_MAY_SET: Final[Mapping[int, frozenset[int]]] = {
@@ -81,6 +84,8 @@ class Kind(IntEnum):
 
     XENBUS = 1
     KICK = _KICK
+    KEPT = _KEPT
+    """A page image with a response that the backend remembers also when it is killed."""
 
 
 @wire
@@ -95,9 +100,9 @@ _PREFIX: Final = struct.Struct("<BQ")
 """`Prefix` for the hot path; a test holds the two equal."""
 
 
-def kick(sequence: int, image: bytes) -> bytes:
+def kick(sequence: int, image: bytes, kind: int = _KICK) -> bytes:
     """Write the message that carries a page image."""
-    return _PREFIX.pack(_KICK, sequence) + image
+    return _PREFIX.pack(kind, sequence) + image
 
 
 def publication(state: XenbusState, keys: Mapping[str, str]) -> bytes:
@@ -194,6 +199,7 @@ class Fate(Enum):
     NOT_EXECUTED = "it has not been executed; resubmit or abandon it"
     EXECUTED = "it has been executed; resubmit it to get its response"
     UNKNOWN = "the backend cannot tell: it has lost its memory, or this ring is out of step"
+    ROLLED_BACK = "it remembers less than it had answered: it was given older contents, or none"
 
 
 class BackendConnected(NamedTuple):
@@ -384,18 +390,23 @@ class BackendRing:
         _check_protocol(keys)
         return FrontendReady(_number(keys, HANDLE, 0xFFFF))
 
-    def finish(self, response: bytes) -> bytes:
-        """Answer the request on the page with a response of up to 4088 bytes (FINISH)."""
-        return self._answer(PageState.FINISH, response)
+    def finish(self, response: bytes, *, is_kept: bool = False) -> bytes:
+        """Answer the request on the page (FINISH).
+
+        Args:
+            response: Up to 4088 bytes.
+            is_kept: It is remembered also when this process is killed.
+        """
+        return self._answer(PageState.FINISH, response, _KEPT if is_kept else _KICK)
 
     def idle(self) -> bytes:
         """Say that the request was cancelled, or acknowledge a late CANCEL (IDLE)."""
         return self._answer(PageState.IDLE, b"")
 
-    def _answer(self, state: PageState, packet: bytes) -> bytes:
+    def _answer(self, state: PageState, packet: bytes, kind: int = _KICK) -> bytes:
         if state not in _BACKEND_MAY_SET[self._page]:
             raise RingMisuseError(f"backend sets {state.name} on a page of state {self._page}")
-        message = kick(self._sequence, page_image(state, 0, packet))
+        message = kick(self._sequence, page_image(state, 0, packet), kind)
         self._page = state
         return message
 
@@ -418,6 +429,7 @@ class FrontendRing:
 
     Args:
         handle: The device's number in this domain.
+        may_forget: A backend that was started anew, with another memory, is as good.
     """
 
     __slots__ = (
@@ -425,6 +437,8 @@ class FrontendRing:
         "_cancelled",
         "_frontend_state",
         "_handle",
+        "_kept",
+        "_may_forget",
         "_memory",
         "_page",
         "_sequence",
@@ -432,12 +446,26 @@ class FrontendRing:
         "outstanding",
     )
 
-    def __init__(self, handle: int) -> None:
+    def __init__(self, handle: int, *, may_forget: bool = True) -> None:
         self._handle = handle
+        self._may_forget = may_forget
+        self._kept = 0
+        """The last request whose response the backend must remember."""
         self._memory: str | None = None
+        """Of the backend of the last connection."""
         self._sequence = 0  # of the last request submitted or, after connecting, answered
         self.outstanding: Request | None = None
         self.reconnect()
+
+    @property
+    def memory(self) -> str:
+        """What the backend of the last connection calls its memory; empty before there was one."""
+        return self._memory or ""
+
+    @property
+    def sequence(self) -> int:
+        """The number of the request that was submitted last or, after connecting, answered."""
+        return self._sequence
 
     def reconnect(self) -> None:
         """Start the handshake of another connection with a page as new."""
@@ -497,6 +525,19 @@ class FrontendRing:
         self._sequence = sequence
         return kick(sequence, self._set_page(PageState.SUBMIT, locality, packet))
 
+    def restore(self, memory: str, request: Request) -> None:
+        """Take over a request that an earlier process of this domain has sent.
+
+        Connect then: `BackendConnected` says what became of it.
+
+        Args:
+            memory: Of the backend it was sent to.
+            request: With the number under which it was sent last.
+        """
+        if self.outstanding is not None or self.is_attached:
+            raise RingMisuseError("a request is outstanding, or the ring is connected")
+        self._memory, self._sequence, self.outstanding = memory, request.sequence, request
+
     def abandon(self) -> None:
         """Forget the outstanding request, after `BackendConnected` said what became of it."""
         if self.outstanding is None or self._page in {PageState.SUBMIT, PageState.CANCEL}:
@@ -529,6 +570,11 @@ class FrontendRing:
         kind, sequence = _read_prefix(message)
         if kind == _KICK:
             return self._kicked(sequence, message)
+        if kind == _KEPT:
+            event = self._kicked(sequence, message)
+            if type(event) is Finished:
+                self._kept = sequence
+            return event
         if kind == Kind.XENBUS and sequence == 0:
             return self._published(message[PREFIX_BYTES:])
         raise RingError(f"a message of kind {kind}, sequence {sequence}")
@@ -588,13 +634,21 @@ class FrontendRing:
             raise RingError("the backend's uuid is malformed") from error
         handle = _number(keys, HANDLE, 0xFFFF)
         fate = self._fate(memory, last_sequence)
+        if fate is Fate.ROLLED_BACK:  # and all stays as it was, so the next connection says it too
+            return BackendConnected(handle, uuid, ring_id, last_sequence, fate)
         if fate is Fate.NOT_EXECUTED and self.outstanding is not None:
             self.outstanding = self.outstanding._replace(sequence=last_sequence + 1)
+        if memory != self._memory:
+            self._kept = 0
         self._memory = memory
         self._sequence = last_sequence
         return BackendConnected(handle, uuid, ring_id, last_sequence, fate)
 
     def _fate(self, memory: str, last_sequence: int) -> Fate:
+        if self._kept and (
+            last_sequence < self._kept if memory == self._memory else not self._may_forget
+        ):
+            return Fate.ROLLED_BACK
         if self.outstanding is None:
             return Fate.NONE
         if memory == self._memory and last_sequence == self.outstanding.sequence:

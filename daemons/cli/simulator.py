@@ -21,6 +21,7 @@ def parser(program: str) -> argparse.ArgumentParser:
     add = options.add_argument
     add("--socket", metavar="PATH", type=Path, required=True, help="Where the TPM listens.")
     add("--state", metavar="DIR", type=Path, help="Where its memory is kept.")
+    add("--journal", action="store_true", help="Goes on after a kill where it was.")
     add("--no-ek", action="store_true", help="As it leaves a factory that makes no key.")
     add("--ephemeral", action="store_true", help="Keep nothing; no --state is needed.")
     add(
@@ -45,12 +46,15 @@ def _run(chosen: argparse.Namespace, refuse: Callable[[str], Any]) -> int:
         refuse("--state: say where its memory is kept, or --ephemeral")
     if chosen.state is not None and chosen.ephemeral:
         refuse("--state: an ephemeral TPM keeps nothing there")
+    if chosen.journal and chosen.ephemeral:
+        refuse("--journal: an ephemeral TPM has no memory to go on with")
     return run_simulator(
         Options(
             state=chosen.state or Path(),
             socket=chosen.socket.absolute(),
             has_ek=not chosen.no_ek,
             is_ephemeral=chosen.ephemeral,
+            has_journal=chosen.journal,
             seed=chosen.seed,
         )
     )

@@ -25,6 +25,7 @@ from daemons.launcher.leftovers import LOCK_NAME
 from daemons.launcher.processes import is_alive
 from daemons.listeners import SOCKET_PATH_BYTES_MAX, describe_file, served_paths
 from daemons.manager.handle_journal import read_leftovers
+from daemons.manager.request_memory import inspect_requests
 from daemons.places import CHIP_NAME, DOMAIN0_NAME, BadPlace, Places
 from daemons.registry import DamagedRegistry, DomainRecord, Registry, Role
 from daemons.xl.domain_config import read_domain
@@ -238,7 +239,7 @@ def examine_domain(scene: Scene, name: str, role: Role) -> list[Finding]:
     if role is Role.VTPM:
         findings.append(_journal(scene, name, has_served=has_served))
     if role is Role.MANAGER:
-        findings.append(_handle_journal(own.journal))
+        findings += [_handle_journal(own.journal), _request_journal(scene, name)]
     is_served = is_running and has_served
     socket = own.tpm0 if role is Role.GUEST else own.ring_socket
     findings += _socket(scene, socket, is_served, owner=name)
@@ -246,7 +247,8 @@ def examine_domain(scene: Scene, name: str, role: Role) -> list[Finding]:
         findings.append(_measurements(own.directory))
     if has_served:
         findings.append(Subject(own.directory / READY_NAME, "the mark of having served").fine())
-    known = {"journal", "journal.new", socket.name, MEASUREMENTS, READY_NAME, own.config.name}
+    journals = {own.journal.name, own.requests.name}
+    known = journals | {socket.name, MEASUREMENTS, READY_NAME, own.config.name}
     return [*findings, *_strangers(own.directory, known)]
 
 
@@ -294,6 +296,27 @@ def _handle_journal(path: Path) -> Finding:
         return subject.fine(f"{len(left.handles)} handles")
 
     return look_at(subject, look, is_used=True)
+
+
+def _request_journal(scene: Scene, name: str) -> Finding:
+    subject = Subject(scene.places.domain(name).requests, "its journal of requests")
+
+    def look() -> Finding:
+        if not scene.is_powered:
+            there = os.path.lexists(subject.path)
+            return subject.fine(_CLEARED) if there else subject.absent("nothing to go on from")
+        records = inspect_requests(subject.path)
+        if records is not None:
+            return subject.fine(f"{records} records")
+        if scene.is_running(name):
+            return subject.warning(
+                "it is gone: if the manager is killed, a guest's request that was under way is"
+                " answered TPM_IOERROR",
+                f"vtpm reboot {name} writes it again.",
+            )
+        return subject.absent("nothing to go on from")
+
+    return look_at(subject, look, is_used=scene.is_running(name))
 
 
 def _config(scene: Scene, name: str) -> list[Finding]:

@@ -58,7 +58,8 @@ async def _spawn(stack: Stack, chip: Chip, domain: Domain) -> Launched:
     places = stack.places.domain(domain.name)
     stack.places.make_private(places.directory)
     power_cycle = chip.power_cycle
-    kept = {places.journal.name, READY_NAME} if keeps_journal(domain, power_cycle) else set()
+    journals = {places.journal.name, places.requests.name}
+    kept = journals | {READY_NAME} if keeps_journal(domain, power_cycle) else set()
     try:
         empty_directory(places.directory, kept)
         write_config(stack, domain)

@@ -18,6 +18,7 @@ from typing import Any, Final, Protocol
 
 from daemons.errors import ExitCode, Failure
 from daemons.manager.handle_journal import HandleJournal, Handles, Leftovers
+from daemons.manager.requests import OnceOnly
 from protocol.constants import CapabilityArea, CapabilityProperty, Ordinal, ResourceType
 from protocol.return_codes import ReturnCode, TpmError
 from protocol.structures import CapVersionInfo
@@ -43,6 +44,12 @@ class ChipLink(Protocol):
 
     def resume(self, request: bytes) -> bytes:
         """Give the response of a command that an earlier process left outstanding."""
+
+    def recollect(self, request: bytes) -> bytes | None:
+        """Give the same; None, and run nothing, when the command was not run."""
+
+    def settle(self) -> None:
+        """Make sure that no response of an earlier command waits in the chip."""
 
     def relinquish(self) -> None:
         """Let other localities have the chip."""
@@ -144,6 +151,38 @@ class Chip:
             return self._link.exchange(request)
         finally:
             self._let_others_in()
+
+    def run_once(self, request: bytes, once: OnceOnly) -> bytes:
+        """Run one command for somebody else that must not be run twice.
+
+        Whenever this process is killed in here, `recollect` tells the next one what became of it.
+
+        Raises:
+            Failure: The chip does not answer.
+        """
+        try:
+            # An older response, of the very same bytes perhaps, must not be taken for this one's.
+            self._link.settle()
+            once.begin()
+            response = self._link.execute(request)
+            once.answer(response)
+            self._link.finish()
+            return response
+        finally:
+            self._let_others_in()
+
+    def recollect(self, request: bytes) -> bytes | None:
+        """Tell what became of a command that a killed manager had begun. Call it before all else.
+
+        Its response stays in the chip until the next command.
+
+        Returns:
+            Its response, or None when it was not run.
+
+        Raises:
+            Failure: The chip does not answer, or cannot tell.
+        """
+        return self._link.recollect(request)
 
     @contextlib.contextmanager
     def operation(self, doing: str) -> Iterator[TpmClient]:

@@ -7,10 +7,12 @@ rules were weak they are not kept:
 - A vTPM that is new and one that is known passed the same admission, by label, before their first
   byte (`admission.py`). A new one is created by its first SAVEHASHKEY, for the UUID that the
   registry gives to the domain that asks.
-- A UUID has one holder. A connection takes it with its first Load or Save, also of a UUID that is
-  not known yet, and gives it back when it ends. A newer connection of the same domain takes over:
-  the registry knows one process per domain, so the older one is a leftover.
+- A UUID has one holder. A connection takes it with its first Load, Save or administration, also of
+  a UUID that is not known yet, and gives it back when it ends. A newer connection of the same
+  domain takes over: the registry knows one process per domain, so the older one is a leftover.
 - Administration goes by label, never to whoever came first.
+- What must not be done twice (VTPM_DEL, TPM_Extend of the chip) is remembered before it is done
+  (`request_memory.py`); all else is the same done twice.
 - Only untagged commands go through to the chip, of exactly the length they must have: nobody can
   name (and so kill) a session of the manager.
 
@@ -24,6 +26,7 @@ number 0. Leaves to others: locking (one request at a time may be in here), the 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Final, Protocol
 from uuid import UUID
@@ -80,11 +83,24 @@ class Records(Protocol):
     def __iter__(self) -> Iterator[UUID]: ...
 
 
+class OnceOnly(Protocol):
+    """Remembers one request that must not be carried out twice."""
+
+    def begin(self) -> None:
+        """Call it when all checks are passed, and before anything is done."""
+
+    def answer(self, response: bytes) -> None:
+        """Call it as soon as there is a response, and before what was done is forgotten."""
+
+
 class Hardware(Protocol):
-    """What requests need of the chip."""
+    """What requests need of the chip. Raises Failure when the chip does not answer."""
 
     def exchange(self, request: bytes) -> bytes:
-        """Run one command. Raises Failure when the chip does not answer."""
+        """Run one command that may be run twice."""
+
+    def run_once(self, request: bytes, once: OnceOnly) -> bytes:
+        """Run one command that may not."""
 
 
 class Requests:
@@ -104,12 +120,13 @@ class Requests:
         self._report = report
         self._holders: dict[UUID, Client] = {}
 
-    def execute(self, client: Client, request: bytes) -> bytes:
+    def execute(self, client: Client, request: bytes, once: OnceOnly) -> bytes:
         """Answer one request.
 
         Args:
             client: Who asks; its connection is open until `disconnected` is called.
             request: The whole packet, any bytes.
+            once: Remembers it, if it must not be carried out twice.
 
         Returns:
             The whole answer; there always is one.
@@ -118,12 +135,12 @@ class Requests:
             return packet(Tag.RSP_COMMAND, ReturnCode.BAD_PARAMETER)
         header, _ = decode_from(Header, request, 0)
         try:
-            return self._dispatch(client, header, request)
+            return self._dispatch(client, header, request, once)
         except _RefusedError as refused:
             tag = (header.tag + ERROR_TAG_OFFSET) & 0xFFFF if refused.tag is None else refused.tag
             return packet(tag, refused.code)
 
-    def _dispatch(self, client: Client, header: Header, request: bytes) -> bytes:
+    def _dispatch(self, client: Client, header: Header, request: bytes, once: OnceOnly) -> bytes:
         try:
             _, body = split(request)
         except DecodeError:
@@ -132,9 +149,9 @@ class Requests:
         if header.tag == ManagerTag.VTPM_TAG_REQ:
             return self._client_command(client, header.code, body)
         if header.tag == ManagerTag.VTPM_TAG_REQ2:
-            return self._management(client, header.code, body)
+            return self._management(client, header.code, body, once)
         if header.tag in TPM_TAGS:
-            return self._pass_on(client, header, request)
+            return self._pass_on(client, header, request, once)
         raise _RefusedError(ReturnCode.BADTAG)
 
     def disconnected(self, client: Client) -> None:
@@ -204,7 +221,7 @@ class Requests:
 
     # -- tag 0x01C2
 
-    def _management(self, client: Client, ordinal: int, body: bytes) -> bytes:
+    def _management(self, client: Client, ordinal: int, body: bytes, once: OnceOnly) -> bytes:
         if not self._is_administrator(client):
             raise _RefusedError(ReturnCode.AUTHFAIL)
         try:
@@ -214,7 +231,7 @@ class Requests:
             elif ordinal == ManagerOrdinal.VTPM_LIST:
                 results = self._vtpm_list(body)
             elif ordinal == ManagerOrdinal.VTPM_DEL:
-                results = self._vtpm_del(body)
+                results = self._vtpm_del(body, once)
             else:
                 raise _RefusedError(ReturnCode.BAD_ORDINAL)
         except (TpmError, DecodeError, Failure) as error:
@@ -230,15 +247,21 @@ class Requests:
         told = uuids[asked.offset : asked.offset + UUIDS_PER_LIST]
         return VtpmListOut(total=len(uuids), uuids=b"".join(told))
 
-    def _vtpm_del(self, body: bytes) -> Nothing:
+    def _vtpm_del(self, body: bytes, once: OnceOnly) -> Nothing:
         uuid = UUID(bytes=decode(VtpmUuid, body).uuid)
         if uuid in self._holders or uuid not in self._records:
             raise TpmError(ReturnCode.FAIL, "it is open, or there is no such vTPM")
+        once.begin()  # now, so that a record that is gone later was deleted by this request
         self._records.delete(uuid)
         return Nothing()
 
     def _is_administrator(self, client: Client) -> bool:
-        return self.holds(client) and client.is_administrator
+        if client.is_administrator:
+            # Its first request after a crash may be this one, and comes from a vTPM that loaded its
+            # key long ago. Somebody else with its UUID keeps it out, as it keeps out a Load.
+            with contextlib.suppress(TpmError):
+                self._attach(client)
+        return client.is_administrator and self.holds(client)
 
     def _code(self, error: TpmError | DecodeError | Failure) -> ReturnCode:
         """The return code of a command that was handled and failed."""
@@ -251,7 +274,7 @@ class Requests:
 
     # -- commands for the chip
 
-    def _pass_on(self, client: Client, header: Header, request: bytes) -> bytes:
+    def _pass_on(self, client: Client, header: Header, request: bytes, once: OnceOnly) -> bytes:
         ordinal = header.code
         if ordinal not in PASSED_ON_BYTES:
             raise _RefusedError(ReturnCode.DISABLED_CMD)
@@ -262,10 +285,28 @@ class Requests:
         if header.tag != Tag.RQU_COMMAND:
             raise _RefusedError(ReturnCode.BADTAG)
         try:
+            if ordinal == Ordinal.EXTEND:
+                return self._hardware.run_once(request, once)
             return self._hardware.exchange(request)
         except Failure as failure:
             self._report(failure)
             raise _RefusedError(ReturnCode.IOERROR) from failure
+
+
+def response_of_deletion(request: bytes, records: Records) -> bytes | None:
+    """Find out whether a VTPM_DEL that was begun was carried out.
+
+    Args:
+        request: The whole packet, which had passed all checks.
+        records: The vault, as it was found after a crash.
+
+    Returns:
+        Its response, or None when it was not carried out.
+    """
+    _, body = split(request)
+    if UUID(bytes=decode(VtpmUuid, body).uuid) in records:
+        return None
+    return packet(ManagerTag.VTPM_TAG_RSP, ReturnCode.SUCCESS, Nothing())
 
 
 class _RefusedError(Exception):

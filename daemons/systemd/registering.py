@@ -256,6 +256,7 @@ def _start_again(
 
 def _forget_journal(places: Places, name: str) -> None:
     places.domain(name).journal.unlink(missing_ok=True)
+    places.domain(name).requests.unlink(missing_ok=True)
 
 
 def _forget_power(places: Places, state: RunState) -> None:

@@ -26,7 +26,8 @@ from daemons.durable_tpm import DurableTpm
 from daemons.errors import Failure
 from daemons.policy import LocalityRule, claimable_localities
 from daemons.ring_server import Refused, RingPeer
-from daemons.vtpm.manager_link import ManagerLink
+from daemons.vtpm.manager_link import ManagerLink, changes_nothing
+from daemons.vtpm.passed_on import PassedOn, pass_on
 from daemons.vtpm.remembered_responses import note
 from protocol.constants import LOCALITY_MAX, Tag
 from protocol.manager_messages import ManagerTag
@@ -103,17 +104,19 @@ class VtpmBackend:
             return error_response(ReturnCode.FAIL)
         tag = request[:2]
         if tag == _TO_MANAGER:
-            return self._pass_on(request)
+            return self._pass_on(PassedOn(peer.ring_id, sequence, request))
         if tag == _TO_HARDWARE:
-            return self._pass_on(_PLAIN + request[2:])
+            return self._pass_on(PassedOn(peer.ring_id, sequence, _PLAIN + request[2:]))
         ring_id = peer.ring_id
         return self._tpm.execute(
             request, locality, lambda response: note(ring_id, sequence, response)
         )
 
-    def _pass_on(self, request: bytes) -> bytes:
+    def _pass_on(self, passed: PassedOn) -> bytes:
+        if not changes_nothing(passed.request):
+            return pass_on(self._tpm, self._manager, passed)
         try:
-            return self._manager.pass_on(request)
+            return self._manager.pass_on(passed.request)
         except Failure as failure:
             structlog.get_logger().error(
                 "a request to the manager came back without an answer", why=str(failure)

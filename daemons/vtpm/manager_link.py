@@ -9,7 +9,7 @@ import contextlib
 from typing import Final, Protocol, TypeVar
 
 from daemons.errors import ExitCode, Failure
-from daemons.ring_client import RECONNECTS_MAX, RingForgotten
+from daemons.ring_client import RECONNECTS_MAX, BeforeSend, RingForgotten, Sent
 from protocol import manager_messages as messages
 from protocol.constants import HEADER_BYTES, Ordinal, Tag
 from protocol.manager_messages import ManagerOrdinal
@@ -25,23 +25,33 @@ _CHANGE_NOTHING: Final = frozenset(
 """Commands of guests for the chip that are as good when they are run twice."""
 
 
-class Exchange(Protocol):
-    """Sends one request and gives its response; `RingClient.exchange` is one."""
+class ManagerRing(Protocol):
+    """The ring to the manager; `RingClient` is one."""
 
-    def __call__(self, request: bytes, locality: int = 0) -> bytes:
+    def exchange(self, request: bytes, *, before_send: BeforeSend | None = None) -> bytes:
         """Give the response to `request`."""
         ...
+
+    def resume(self, request: bytes, sent: Sent, before_send: BeforeSend) -> bytes:
+        """Give the response to a request that an earlier process has sent."""
+        ...
+
+
+def changes_nothing(request: bytes) -> bool:
+    """Whether a guest's request for the manager is as good when it is run twice."""
+    return request[:2] == _PLAIN and request[6:HEADER_BYTES] in _CHANGE_NOTHING
 
 
 class ManagerLink:
     """The manager as one vTPM sees it.
 
     Args:
-        exchange: The ring to the manager.
+        ring: The ring to the manager.
     """
 
-    def __init__(self, exchange: Exchange) -> None:
-        self._exchange = exchange
+    def __init__(self, ring: ManagerRing) -> None:
+        self._exchange = ring.exchange
+        self._resume = ring.resume
 
     def load_hash_key(self) -> bytes | None:
         """Hash and key on record, or None when the manager does not know this vTPM.
@@ -86,18 +96,42 @@ class ManagerLink:
         return response[HEADER_BYTES:]
 
     def pass_on(self, request: bytes) -> bytes:
-        """Give a guest's request for the manager to it unchanged, and its answer back.
+        """Give a guest's request that changes nothing to the manager, and its answer back.
 
         Raises:
-            RingLost: The manager died, and nobody knows whether it had done it.
+            RingLost: The manager does not come back.
         """
-        if request[:2] == _PLAIN and request[6:HEADER_BYTES] in _CHANGE_NOTHING:
-            return self._exchange_over_deaths(request)
-        return self._exchange(request)
+        return self._exchange_over_deaths(request)
+
+    def pass_on_once(self, request: bytes, before_send: BeforeSend) -> bytes:
+        """Give a guest's request to the manager unchanged, and its answer back.
+
+        Args:
+            request: Carried out once, however often the manager dies.
+            before_send: Told under what it goes out; `resume` needs it.
+
+        Raises:
+            RingForgotten: The manager lost its memory, and nobody knows whether it had done it.
+            RingLost: It does not come back.
+        """
+        return self._exchange(request, before_send=before_send)
+
+    def resume(self, request: bytes, sent: Sent, before_send: BeforeSend) -> bytes:
+        """Give the answer to a guest's request that a killed vTPM had passed on.
+
+        Args:
+            request: As it was sent.
+            sent: Under what it was sent last.
+            before_send: See `pass_on_once`.
+
+        Raises:
+            RingLost: See `pass_on_once`.
+        """
+        return self._resume(request, sent, before_send)
 
     def _exchange_over_deaths(self, request: bytes) -> bytes:
-        # When the manager died it forgot whether it had done it. What we ask on our own account is
-        # the same done twice; what guests send through us is not, and is not sent again.
+        # A manager that was rebooted has forgotten whether it had done it. What is asked here is
+        # the same done twice.
         for _ in range(RECONNECTS_MAX):
             with contextlib.suppress(RingForgotten):
                 return self._exchange(request)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 import struct
+from collections.abc import Mapping
 from typing import Final
 
 from daemons.durable_tpm import DurableTpm
@@ -24,7 +25,31 @@ def note(ring_id: str, sequence: int, response: bytes) -> dict[str, bytes]:
     return {_RING + ring_id: _SEQUENCE.pack(sequence) + response}
 
 
-def remembered_responses(tpm: DurableTpm) -> ResponsesInMemory:
+class RememberedResponses(ResponsesInMemory):
+    """Responses in memory, that knows which of them are in the journal too.
+
+    Args:
+        tpm: Has them among its notes.
+        memory: See `ResponsesInMemory`.
+        last: See `ResponsesInMemory`.
+    """
+
+    def __init__(self, tpm: DurableTpm, memory: str, last: Mapping[str, tuple[int, bytes]]) -> None:
+        super().__init__(memory, last)
+        self._tpm = tpm
+        self._noted = {ring_id: tpm.notes.get(_RING + ring_id) for ring_id in last}
+
+    def put(self, ring_id: str, sequence: int, response: bytes) -> bool:
+        """See `ResponseStore`."""
+        self._last[ring_id] = (sequence, response)
+        noted = self._tpm.notes.get(_RING + ring_id)
+        if noted is self._noted.get(ring_id):
+            return False
+        self._noted[ring_id] = noted
+        return True
+
+
+def remembered_responses(tpm: DurableTpm) -> RememberedResponses:
     """What a killed process remembered, to go on from. New ones go to the journal by `note`.
 
     Args:
@@ -37,4 +62,4 @@ def remembered_responses(tpm: DurableTpm) -> ResponsesInMemory:
         for name, value in tpm.notes.items()
         if name.startswith(_RING)
     }
-    return ResponsesInMemory(tpm.notes[_MEMORY].hex(), last)
+    return RememberedResponses(tpm, tpm.notes[_MEMORY].hex(), last)

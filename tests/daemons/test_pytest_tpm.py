@@ -1,19 +1,28 @@
 """The plugin that gives a test its own TPM: used here as anybody's tests use it."""
 
+import contextlib
+import hashlib
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import textwrap
 import threading
+from dataclasses import replace
+from functools import partial
 
 import pytest
 
-from protocol.constants import CapabilityArea, StartupType
+from daemons.errors import Failure
+from daemons.pytest_tpm import SimulatorError
+from protocol.constants import CapabilityArea, KeyUsage, Ordinal, StartupType
 from protocol.return_codes import ReturnCode, TpmError
 from protocol.wire import encode
+from tpm12.client_core import Use
 
+DIGEST = b"\x5a" * 20
 READ_PCR_16 = bytes.fromhex("00c10000000e0000001500000010")
 
 
@@ -62,6 +71,101 @@ def test_permanent_state_survives(tpm12_simulator, end):
     getattr(tpm12_simulator, end)()
     tpm12_simulator.start()
     assert tpm12_simulator.client.owner_read_internal_pub(0x40000006) == key
+
+
+def extend_until_it_is_killed(tpm, value, measurements):
+    """The PCR as it was answered last, and as it is if the command under way was run."""
+    following = value
+    with contextlib.suppress(Failure, OSError):
+        for measurement in measurements:
+            following = hashlib.sha1(value + measurement, usedforsecurity=False).digest()
+            assert tpm.extend(16, measurement) == following
+            value = following
+    return value, following
+
+
+def test_killed_in_a_loop_it_goes_on_where_it_was(tpm12_simulators, seed):
+    chance = random.Random(seed)
+    simulator = tpm12_simulators(has_journal=True)
+    simulator.client.take_ownership()
+    key = simulator.client.load_key2(simulator.client.create_wrap_key(KeyUsage.SIGNING, bits=512))
+    signature = simulator.client.sign(key, DIGEST)
+    session = simulator.client.oiap()
+    count_id, _ = simulator.client.create_counter(b"kill")
+    value = bytes(20)
+    for kills in range(1, 9):
+        count = simulator.client.call(
+            Ordinal.INCREMENT_COUNTER, Use(session, bytes(20), continues=True), count_id=count_id
+        )
+        assert count.count.counter == simulator.client.read_counter(count_id).counter
+        timer = threading.Timer(chance.uniform(0, 0.02), os.kill, (simulator.pid, signal.SIGKILL))
+        timer.start()
+        answered, following = extend_until_it_is_killed(
+            simulator.client, value, iter(partial(chance.randbytes, 20), b"")
+        )
+        timer.join()
+        simulator.crash()
+        assert simulator.log.count("gone on where a killed one was") == kills
+        value = simulator.client.pcr_read(16)
+        assert value in {answered, following}, "what was answered is lost, or a measurement made"
+        assert simulator.client.sign(key, DIGEST) == signature
+    simulator.client.end_session(session)
+
+
+def test_without_a_journal_a_crash_is_a_power_cycle(tpm12_simulator):
+    """The control of the loop: what goes on does so by the journal."""
+    tpm12_simulator.client.extend(16, DIGEST)
+    tpm12_simulator.crash()
+    assert tpm12_simulator.client.pcr_read(16) == bytes(20)
+
+
+@pytest.mark.parametrize("ends_power", ["power_cycle", "restart"])
+def test_with_a_journal_the_power_still_ends(tpm12_simulators, ends_power):
+    simulator = tpm12_simulators(has_journal=True, has_ek=False)
+    simulator.client.extend(16, DIGEST)
+    getattr(simulator, ends_power)()
+    assert simulator.client.pcr_read(16) == bytes(20)
+    simulator.client.extend(16, DIGEST)
+    simulator.crash()
+    assert any(simulator.client.pcr_read(16))
+
+
+def test_a_start_without_the_journal_is_a_power_on_for_good(tpm12_simulators):
+    simulator = tpm12_simulators(has_journal=True, has_ek=False)
+    simulator.client.extend(16, DIGEST)
+    choice = simulator._choice
+    simulator._choice = replace(choice, has_journal=False)
+    simulator.crash()
+    simulator.kill()
+    simulator._choice = choice
+    simulator.start()
+    assert simulator.client.pcr_read(16) == bytes(20)
+
+
+def test_a_tpm_that_was_killed_has_still_to_be_started(tpm12_simulators):
+    simulator = tpm12_simulators(has_journal=True, has_ek=False)
+    simulator.crash()
+    simulator.client.startup(StartupType.CLEAR)
+    simulator.crash()
+    with pytest.raises(TpmError) as refused:
+        simulator.client.startup(StartupType.CLEAR)
+    assert refused.value.code is ReturnCode.INVALID_POSTINIT
+
+
+def test_damaged_journal_is_refused_and_can_be_given_up(tpm12_simulators):
+    simulator = tpm12_simulators(has_journal=True, has_ek=False)
+    simulator.client.extend(16, DIGEST)
+    simulator.kill()
+    journal = simulator.state / "journal"
+    with journal.open("r+b") as file:
+        file.seek(150)
+        file.write(b"damage")
+    with pytest.raises(SimulatorError, match="status 65") as refused:
+        simulator.start()
+    assert f"rm {journal}" in str(refused.value)
+    journal.unlink()
+    simulator.start()
+    assert simulator.client.pcr_read(16) == bytes(20)
 
 
 @pytest.mark.tpm12(is_ephemeral=True, has_ek=False)

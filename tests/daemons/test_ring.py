@@ -25,8 +25,11 @@ from daemons.ring_client import (
     RequestTooLong,
     RingCancelled,
     RingClient,
+    RingForgotten,
     RingLost,
     RingRefused,
+    RingRolledBack,
+    Sent,
 )
 from daemons.ring_server import (
     CANCELLED,
@@ -565,6 +568,135 @@ async def test_close_ends_a_waiting_exchange(harness):
             gate.is_open.set()
         with pytest.raises(RingLost, match="closed"):
             await blocking(client.exchange, b"x")
+
+
+async def executed_and_lost(harness, client, request):
+    """Send a request that is executed while its frontend dies; what it was sent under."""
+    sent = []
+    gate = Gate()
+    harness.backend.on_execute = lambda peer, _: gate(peer, b"hold")
+
+    def exchange():
+        with pytest.raises(RingLost):
+            client.exchange(request, before_send=sent.append)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(blocking, exchange)
+        await eventually(gate.is_reached.is_set)
+        await blocking(client.close)
+        gate.is_open.set()
+    harness.backend.on_execute = lambda _, request: request
+    return sent[-1]
+
+
+async def resumed(harness, request, sent):
+    """The next process of a frontend; what it is answered and what it sent that under."""
+    again = []
+    client = await harness.connected()
+    answer = await blocking(client.resume, request, sent, again.append)
+    return answer, again, client
+
+
+async def test_frontend_is_told_under_what_its_request_goes_out(harness):
+    sent = []
+    async with harness.serving():
+        client = await harness.connected()
+        await blocking(client.exchange, b"one")
+        await blocking(partial(client.exchange, b"two", before_send=sent.append))
+    assert sent == [Sent(harness.responses.memory, 2)]
+
+
+async def test_next_process_of_a_frontend_gets_the_response_of_what_was_executed(harness):
+    async with harness.serving():
+        client = await harness.connected()
+        await blocking(client.exchange, b"before")
+        sent = await executed_and_lost(harness, client, b"once")
+        answer, again, successor = await resumed(harness, b"once", sent)
+        assert answer == b"hold"
+        assert again == [sent]
+        assert await blocking(successor.exchange, b"after") == b"after"
+    assert [call[3] for call in harness.backend.executed] == [b"before", b"once", b"after"]
+
+
+async def test_next_process_of_a_frontend_sends_what_was_not_executed(harness):
+    async with harness.serving():
+        client = await harness.connected()
+        await blocking(client.exchange, b"before")
+        await blocking(client.close)
+        not_sent = Sent(harness.responses.memory, 5)
+        answer, again, _ = await resumed(harness, b"once", not_sent)
+        assert answer == b"once"
+        assert again == [Sent(harness.responses.memory, 2)], "the number that is expected next"
+    assert [call[3] for call in harness.backend.executed] == [b"before", b"once"]
+
+
+@pytest.mark.parametrize("what", ["another memory", "an older number"])
+async def test_next_process_of_a_frontend_is_told_when_nobody_knows(harness, what):
+    async with harness.serving():
+        client = await harness.connected()
+        await blocking(client.exchange, b"one")
+        await blocking(client.exchange, b"two")
+        await blocking(client.close)
+        memory = harness.responses.memory
+        sent = Sent("x", 3) if what == "another memory" else Sent(memory, 1)
+        with pytest.raises(RingForgotten):
+            await resumed(harness, b"one", sent)
+    assert len(harness.backend.executed) == 2
+
+
+class KeptResponses(ResponsesInMemory):
+    """A store that says of all its responses that they outlive the process."""
+
+    def put(self, ring_id, sequence, response):
+        super().put(ring_id, sequence, response)
+        return True
+
+
+async def answered_three(harness, **options):
+    """A frontend with three answers, the last two of which its backend must not forget."""
+    client = await harness.connected(**options)
+    await blocking(client.exchange, b"one")
+    older = KeptResponses(harness.responses.memory, harness.responses._last)
+    await blocking(client.exchange, b"two")
+    await blocking(client.exchange, b"three")
+    return client, older
+
+
+@pytest.mark.parametrize("backend", ["older contents", "none"])
+async def test_frontend_refuses_a_backend_that_remembers_less_than_it_answered(harness, backend):
+    harness.responses = KeptResponses()
+    async with harness.serving() as stop:
+        client, older = await answered_three(harness, may_forget=False)
+        await stop()
+    harness.responses = older if backend == "older contents" else KeptResponses()
+    async with harness.serving():
+        for _ in range(2):
+            with pytest.raises(RingRolledBack, match="is lost"):
+                await blocking(client.exchange, b"four")
+    assert b"four" not in [call[3] for call in harness.backend.executed]
+
+
+@pytest.mark.parametrize("responses", [ResponsesInMemory, KeptResponses])
+async def test_frontend_takes_a_backend_that_remembers_what_it_must(harness, responses):
+    """A response that changed nothing may be forgotten; one that is kept is there."""
+    harness.responses = responses()
+    async with harness.serving() as stop:
+        client, older = await answered_three(harness, may_forget=False)
+        await stop()
+    if responses is ResponsesInMemory:
+        harness.responses = older
+    async with harness.serving():
+        assert await blocking(client.exchange, b"four") == b"four"
+
+
+async def test_frontend_that_may_takes_a_backend_that_was_started_anew(harness):
+    harness.responses = KeptResponses()
+    async with harness.serving() as stop:
+        client, _ = await answered_three(harness)
+        await stop()
+    harness.responses = KeptResponses()
+    async with harness.serving():
+        assert await blocking(client.exchange, b"four") == b"four"
 
 
 BACKEND = """

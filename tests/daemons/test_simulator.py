@@ -182,3 +182,9 @@ def test_to_keep_nothing_somewhere_is_refused(folder):
     done = refused(folder, "--state", str(folder / "st"), "--ephemeral")
     assert done.returncode == 2
     assert "keeps nothing" in done.stderr
+
+
+def test_to_keep_nothing_and_go_on_is_refused(folder):
+    done = refused(folder, "--ephemeral", "--journal")
+    assert done.returncode == 2
+    assert "no memory to go on with" in done.stderr

@@ -313,6 +313,57 @@ def test_command_that_never_reached_the_chip_is_run_by_resume(chip, link):
     assert len(chip.port.executed) == 1
 
 
+def test_command_that_never_reached_the_chip_is_not_run_by_recollect(chip, link):
+    assert link.recollect(command()) is None
+    assert chip.port.executed == []
+
+
+def test_process_killed_at_any_message_learns_whether_its_command_was_run(tmp_path):
+    request, cut, is_through = command(body=b"x"), 1, False
+    found = set()
+    while not is_through:
+        directory = tmp_path / str(cut)
+        directory.mkdir(0o700)
+        chip = Chip(directory / "tis.sock")
+        chip.on_message = cut_at(cut)
+        with (
+            contextlib.suppress(ChipLost),
+            TisLink(directory / "tis.sock", 2, reconnect_timeout_s=0.0) as killed,
+        ):
+            killed.settle()
+            killed.execute(request)
+        is_through = chip.connections == 1 and chip.count < cut
+        with TisLink(directory / "tis.sock", 2) as successor:
+            response = successor.recollect(request)
+            found.add(response is not None)
+            if response is None:
+                response = successor.execute(request)
+            assert response == answer_to(request)
+            successor.finish()
+        assert chip.port.executed == [request], f"killed at message {cut}"
+        chip.close()
+        cut += 1
+    assert cut > 10
+    assert found == {True, False}
+
+
+def test_older_response_of_the_same_bytes_is_not_taken_for_one_of_this_command(path, chip):
+    def leave(link):
+        link.execute(command())
+        chip.on_message = cut_at(chip.count + 1)
+        link.finish()
+
+    with TisLink(path, 2) as link:
+        leave(link)  # the next command of these bytes is begun, and not sent
+    with TisLink(path, 2) as successor:
+        assert successor.recollect(command()) is not None, "the control: it is there"
+        leave(successor)
+        successor.settle()
+    with TisLink(path, 2) as successor:
+        assert successor.recollect(command()) is None
+    assert len(chip.port.executed) == 2
+
+
 def test_response_of_an_earlier_process_is_not_taken_for_the_next_command(path, chip):
     requests = [command(body=bytes([n])) for n in range(25)]
     for cut, request in enumerate(requests):

@@ -1,5 +1,6 @@
 """The ring as a pure machine: pages, handshake, sequence numbers, cancel, resume, and any bytes."""
 
+from dataclasses import replace
 from uuid import UUID
 
 import pytest
@@ -26,6 +27,7 @@ from protocol.tpmif import (
     PeerClosing,
     Prefix,
     Repeat,
+    Request,
     Submitted,
     kick,
     publication,
@@ -59,8 +61,8 @@ def connect(frontend, backend, last_sequence=0, keys=KEYS):
     return event
 
 
-def pair(last_sequence=0):
-    frontend, backend = FrontendRing(0), BackendRing()
+def pair(last_sequence=0, frontend=None):
+    frontend, backend = frontend or FrontendRing(0), BackendRing()
     connect(frontend, backend, last_sequence)
     return frontend, backend
 
@@ -458,6 +460,56 @@ def test_request_that_a_backend_does_not_remember_is_submitted_under_the_next_nu
     submitted = backend.receive(frontend.resubmit())
     assert submitted == Submitted(last_sequence + 1, 1, REQUEST)
     assert frontend.receive(backend.finish(b"done")) == Finished(last_sequence + 1, b"done")
+
+
+def answered(kept, frontend=None):
+    """A frontend with answers 1 to 3, of which those in `kept` must be remembered."""
+    frontend, backend = pair(frontend=frontend)
+    for number in range(1, 4):
+        backend.receive(frontend.submit(REQUEST))
+        message = backend.finish(RESPONSE, is_kept=number in kept)
+        assert frontend.receive(message) == Finished(number, RESPONSE)
+    return frontend
+
+
+@pytest.mark.parametrize("last_sequence", range(4))
+@pytest.mark.parametrize("kept", [{}, {1}, {2}, {1, 3}, {3}])
+@pytest.mark.parametrize("is_outstanding", [True, False])
+def test_backend_that_remembers_less_than_it_said_it_would_is_noticed(
+    kept, last_sequence, is_outstanding
+):
+    frontend = answered(kept)
+    if is_outstanding:
+        frontend.submit(REQUEST)
+    for _ in range(2):  # and again by the next connection
+        frontend.reconnect()
+        fate = connect(frontend, BackendRing(), last_sequence).fate
+        assert (fate is Fate.ROLLED_BACK) is (last_sequence < max(kept, default=0))
+
+
+@pytest.mark.parametrize(("may_forget", "is_noticed"), [(True, False), (False, True)])
+def test_backend_that_was_started_anew_is_noticed_by_who_must(may_forget, is_noticed):
+    frontend = answered({2}, FrontendRing(0, may_forget=may_forget))
+    frontend.reconnect()
+    fate = connect(frontend, BackendRing(), 0, replace(KEYS, memory="another")).fate
+    assert (fate is Fate.ROLLED_BACK) is is_noticed
+
+
+def test_answer_that_is_kept_is_no_message_of_a_frontend():
+    frontend, backend = pair()
+    submitted = frontend.submit(REQUEST)
+    with pytest.raises(RingError):
+        backend.receive(bytes([Kind.KEPT]) + submitted[1:])
+
+
+def test_request_of_an_earlier_process_can_be_taken_over():
+    frontend = FrontendRing(0)
+    frontend.restore(KEYS.memory, Request(6, 0, REQUEST))
+    backend = BackendRing()
+    assert connect(frontend, backend, 6).fate is Fate.EXECUTED
+    assert backend.receive(frontend.resubmit()) == Repeat(6, 0, REQUEST)
+    with pytest.raises(RingMisuseError):
+        frontend.restore(KEYS.memory, Request(6, 0, REQUEST))
 
 
 def test_request_can_be_abandoned_when_it_was_not_executed():

@@ -55,6 +55,9 @@ class Killer:
         self._stop.set()
         self._thread.join()
 
+    def has_killed(self):
+        """Called after each kill; for one that waits for something."""
+
     def _run(self):
         try:
             while not self._stop.wait(self._chance.uniform(*GAP_S)):
@@ -63,6 +66,7 @@ class Killer:
                 found = {name: pids[name] for name in names if name in pids}
                 kill_and_wait(*found.values())
                 self.killed += found
+                self.has_killed()
         except Exception as error:  # noqa: BLE001 - told by the test
             self.failure = error
 

@@ -166,6 +166,27 @@ def test_vtpm_with_a_damaged_journal_does_not_start(running, damage):
     assert pcrs(running, GUEST1) == fresh_boot(GUEST1)
 
 
+def test_older_contents_of_a_vtpm_s_journal_are_noticed_by_its_guest(running):
+    """They are the very file's own, so the vTPM cannot tell; who was answered since can."""
+    vtpm = running.places.domain(VTPM1)
+    with running.tpm(GUEST1) as tpm:
+        tpm.extend(10, MARK)
+        content = vtpm.journal.read_bytes()
+        before = tpm.pcr_read(10)
+        assert tpm.extend(10, MARK) != before
+    running.vtpm("pause", VTPM1)
+    with vtpm.journal.open("r+b") as file:
+        file.write(content)
+    kill_and_wait(running.pid(VTPM1))
+    with Tpm0Client(running.places.domain(GUEST1).tpm0) as program:
+        response = program.exchange(READ_PCR_10)
+    assert response[6:10] != bytes(4), "an older PCR passes for the newest"
+    wait_until(lambda: "remembers less than it had answered" in running.log(GUEST1), "it is told")
+    running.vtpm("reboot", GUEST1)
+    running.until_running(*ALL)
+    assert pcrs(running, GUEST1) == fresh_boot(GUEST1)
+
+
 def test_killed_manager_is_a_pause_and_nothing_else(running):
     mark(running, GUEST1, GUEST2)
     before = identity(running, *ALL)

@@ -32,6 +32,7 @@ from daemons.journal import Journal, boot_id, read_journal
 from daemons.launcher.event_log import EventType, event_of, read_log, write_log
 from daemons.launcher.leftovers import launcher_lock
 from daemons.listeners import Kind, listen, start_time_of
+from daemons.manager.request_memory import RequestMemory
 from daemons.manager.vault import inspect
 from daemons.registry import DomainRecord, Registry, RegistryWriter, Role, VtpmDevice
 from daemons.vtpm.image import VtpmImage
@@ -143,6 +144,7 @@ class Installation:
             journal.close()
         handles = '{"epoch": "00", "outstanding": "", "handles": [[2, 17]]}'
         places.domain("vtpmmgr").journal.write_text(handles)
+        RequestMemory(places.domain("vtpmmgr").requests, b"v" * 16).close()
         with BootImage(self.image("guest")) as image:
             write_measurements(places.domain("guest1").directory, measure(image))
 
@@ -532,6 +534,25 @@ def test_process_that_the_registry_does_not_know_is_found_by_its_socket(stack):
 def test_handles_that_are_not_understood_are_a_warning(stack):
     journal = stack.places.domain("vtpmmgr").journal
     journal.write_text("[" * 60000)
+    assert stack.about(journal).state is State.WARNING
+
+
+def test_damaged_journal_of_requests_is_refused_as_the_manager_does(stack):
+    journal = stack.places.domain("vtpmmgr").requests
+    assert "records" in stack.about(journal).why
+    with journal.open("r+b") as file:
+        file.write(b"VTPM-XXX")
+    found = stack.about(journal)
+    assert found.state is State.REFUSED
+    assert f"rm {journal}" in found.next_step
+    with pytest.raises(Failure) as refused:
+        RequestMemory(journal, b"v" * 16)
+    assert found.why == refused.value.why
+
+
+def test_missing_journal_of_requests_is_a_warning_while_the_manager_lives(stack):
+    journal = stack.places.domain("vtpmmgr").requests
+    journal.unlink()
     assert stack.about(journal).state is State.WARNING
 
 

@@ -91,6 +91,12 @@ class EngineLink:
             return self._response
         return self.execute(request)
 
+    def recollect(self, request: bytes) -> bytes | None:
+        return self._response if self._request == request else None
+
+    def settle(self) -> None:
+        self.finish()
+
     def relinquish(self) -> None:
         self.relinquished += 1
 

@@ -282,9 +282,51 @@ def test_version_that_is_none_is_refused(tmp_path: Path):
         bench_on(link, tmp_path).chip.start()
 
 
+EXTEND = bytes.fromhex("00c100000022000000140000000c") + b"m" * 20
+
+
 def test_secrets_are_not_shown():
     assert GEHEIM.srk_auth.hex() not in repr(GEHEIM)
     assert "01" not in repr(GEHEIM)
+
+
+class StepsAtTheChip:
+    """What is remembered of a command, and what the chip holds at that moment."""
+
+    def __init__(self, link: EngineLink) -> None:
+        self._link = link
+        self.seen: list[tuple[str, int, bool]] = []
+
+    def begin(self) -> None:
+        self._note("begun")
+
+    def answer(self, response: bytes) -> None:
+        assert response == self._link._response
+        self._note("answered")
+
+    def _note(self, what: str) -> None:
+        self.seen.append((what, len(self._link.asked), self._link._response is not None))
+
+
+def test_command_that_must_not_run_twice_is_remembered_while_the_chip_knows_it(tmp_path: Path):
+    link = owned_link()
+    bench = bench_on(link, tmp_path)
+    link.execute(EXTEND)  # of an earlier process, and not finished
+    steps, asked, given_up = StepsAtTheChip(link), len(link.asked), link.relinquished
+    response = bench.chip.run_once(EXTEND, steps)
+    assert response[:10] == bytes.fromhex("00c40000001e00000000")
+    assert steps.seen == [("begun", asked, False), ("answered", asked + 1, True)]
+    assert link._response is None
+    assert link.relinquished == given_up + 1
+
+
+def test_next_manager_is_told_what_became_of_a_command(tmp_path: Path):
+    link = owned_link()
+    response = link.execute(EXTEND)
+    bench = bench_on(link, tmp_path)
+    assert bench.chip.recollect(EXTEND) == response
+    bench.chip.start()
+    assert bench.chip.recollect(EXTEND) is None, "the chip forgets with the next command"
 
 
 def write_authorized(bench: ChipBench, secret: bytes = bytes(20), data: bytes = b"x") -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from daemons.errors import ExitCode, Failure
 from daemons.manager.admission import Client
-from daemons.manager.requests import UUIDS_PER_LIST, Requests
+from daemons.manager.requests import UUIDS_PER_LIST, OnceOnly, Requests
 from daemons.manager.vault_format import Full, NotStored, Record
 from protocol import manager_messages as messages
 from protocol.manager_messages import ManagerOrdinal
@@ -72,6 +72,26 @@ class RecordedChip:
             raise Failure("x", why="y", next_step="z", exit_code=ExitCode.UNAVAILABLE)
         return self.answer
 
+    def run_once(self, request: bytes, once: OnceOnly) -> bytes:
+        once.begin()
+        response = self.exchange(request)
+        once.answer(response)
+        return response
+
+
+class Steps:
+    """Keeps what is said about a request that must not be carried out twice."""
+
+    def __init__(self, records: RecordsInMemory) -> None:
+        self._records = records
+        self.seen: list[str] = []
+
+    def begin(self) -> None:
+        self.seen.append(f"begun with {len(self._records.kept)} records")
+
+    def answer(self, response: bytes) -> None:
+        self.seen.append(f"answered {response[:10].hex()}")
+
 
 class Bench:
     """A manager with everything around it in memory."""
@@ -81,20 +101,21 @@ class Bench:
         self.chip = RecordedChip()
         self.reported: list[Failure] = []
         self.requests = Requests(self.records, self.chip, self.reported.append)
+        self.steps = Steps(self.records)
 
     def send(self, client: Client, request: str | bytes) -> str:
         data = bytes.fromhex(request) if isinstance(request, str) else request
-        return self.requests.execute(client, data).hex()
+        return self.requests.execute(client, data, self.steps).hex()
 
     def save(self, client: Client, blob: bytes = SHORT_BLOB) -> None:
         request = messages.request(
             ManagerOrdinal.SAVEHASHKEY, messages.SaveHashKeyIn(hash_key=blob)
         )
-        messages.results(messages.Nothing, self.requests.execute(client, request))
+        messages.results(messages.Nothing, self.requests.execute(client, request, self.steps))
 
     def load(self, client: Client) -> bytes:
         request = messages.request(ManagerOrdinal.LOADHASHKEY)
-        answer = self.requests.execute(client, request)
+        answer = self.requests.execute(client, request, self.steps)
         return messages.results(messages.LoadHashKeyOut, answer).hash_key
 
 
@@ -303,13 +324,34 @@ def test_sessions_of_the_manager_cannot_be_named(bench: Bench, tag: str, answer_
     assert not bench.chip.asked
 
 
+EXTEND = "00c1000000220000001400000011" + "ab" * 20
+NAMESAKE = replace(ADMIN, connection_id=9, domain="vtpm-evil", is_administrator=False)
+
+
 def test_extend_is_for_administrators_that_hold_their_vtpm(bench: Bench):
-    extend = "00c1000000220000001400000011" + "ab" * 20
-    assert bench.send(GUEST_1, extend) == "00c40000000a00000008"
-    assert bench.send(ADMIN, extend) == "00c40000000a00000008"
+    assert bench.send(GUEST_1, EXTEND) == "00c40000000a00000008"
+    bench.save(NAMESAKE)
+    assert bench.send(ADMIN, EXTEND) == "00c40000000a00000008"
     assert not bench.chip.asked
-    bench.save(ADMIN)
-    assert bench.send(ADMIN, extend) == bench.chip.answer.hex()
+    bench.requests.disconnected(NAMESAKE)
+    assert bench.send(ADMIN, EXTEND) == bench.chip.answer.hex()
+    assert bench.send(NAMESAKE, LOAD) == REFUSED_7, "the administrator has it now"
+
+
+def test_extend_of_the_chip_is_remembered_around_its_run(bench: Bench):
+    bench.send(GUEST_1, EXTEND)
+    assert bench.steps.seen == [], "what is refused is not begun"
+    bench.send(ADMIN, EXTEND)
+    assert bench.steps.seen == ["begun with 0 records", "answered 00c40000000e00000000"]
+
+
+def test_requests_that_may_be_done_twice_are_not_remembered(bench: Bench):
+    bench.save(GUEST_1)
+    bench.load(GUEST_1)
+    for request in ("00c10000000e0000004600000014", "00c10000000e0000001500000001"):
+        assert bench.send(GUEST_1, request) == bench.chip.answer.hex()
+    bench.send(ADMIN, "01c20000000a02000101")
+    assert bench.steps.seen == []
 
 
 def test_unreachable_chip_is_an_io_error(bench: Bench):
@@ -327,6 +369,7 @@ def test_management_is_for_administrators(bench: Bench, ordinal: ManagerOrdinal)
     bench.save(GUEST_1)
     request = messages.request(ordinal)
     assert bench.send(GUEST_1, request) == "01c50000000a00000001"
+    bench.save(NAMESAKE)
     assert bench.send(ADMIN, request) == "01c50000000a00000001", "it does not hold its vTPM"
 
 
@@ -352,7 +395,7 @@ def test_vtpms_are_listed_in_pages_that_fit(bench: Bench):
         request = messages.request(
             ManagerOrdinal.VTPM_LIST, messages.VtpmListIn(group=0, offset=len(seen))
         )
-        answer = bench.requests.execute(ADMIN, request)
+        answer = bench.requests.execute(ADMIN, request, bench.steps)
         assert len(answer) <= 4088
         page = messages.results(messages.VtpmListOut, answer)
         assert page.total == 300
@@ -375,8 +418,11 @@ def test_vtpm_is_deleted_when_nobody_has_it_open(bench: Bench):
     request = "01c20000001a02000205" + UUID_1.hex
     assert bench.send(ADMIN, request) == "01c40000000a00000009"
     bench.requests.disconnected(GUEST_1)
+    assert bench.steps.seen == []
     assert bench.send(ADMIN, request) == DONE
+    assert bench.steps.seen == ["begun with 2 records"]
     assert bench.send(ADMIN, request) == "01c40000000a00000009"
+    assert bench.steps.seen == ["begun with 2 records"], "there was nothing to delete"
     assert bench.send(GUEST_1, LOAD) == UNKNOWN
     assert bench.send(ADMIN, request[:-2].replace("1a02", "1902")) == UNKNOWN
 
@@ -429,7 +475,7 @@ def test_any_bytes_get_a_well_formed_answer(
     client = replace(ADMIN, is_administrator=is_administrator)
     bench.save(client)
     request = messages.packet(tag, ordinal, body) if raw is None else raw
-    answer = bench.requests.execute(client, request)
+    answer = bench.requests.execute(client, request, bench.steps)
     header, results = messages.split(answer)
     assert header.code == 0 or not results
     assert len(answer) <= 4088

@@ -8,6 +8,7 @@ from daemons.durable_tpm import DurableTpm
 from daemons.errors import Failure
 from daemons.policy import LocalityRule
 from daemons.registry import DomainRecord, Role, VtpmDevice
+from daemons.ring_client import Sent
 from daemons.ring_server import Refused, RingPeer
 from daemons.vtpm.backend import VtpmBackend
 from daemons.vtpm.manager_link import ManagerLink
@@ -36,11 +37,16 @@ class Manager:
         self.requests = []
         self.fails = False
 
-    def __call__(self, request, _locality=0):
+    def exchange(self, request, *, before_send=None):
         self.requests.append(request)
+        if before_send is not None:
+            before_send(Sent("memory", len(self.requests)))
         if self.fails:
             raise Failure("gone", why="told to", next_step="none")
         return OK
+
+    def resume(self, request, sent, before_send):
+        raise AssertionError((request, sent, before_send))
 
 
 def peer(name="guest1", domid=5, connection_id=1, label="system_u:system_r:domU_t"):

@@ -3,11 +3,13 @@
 import pytest
 
 from daemons.errors import Failure
-from daemons.ring_client import RingForgotten, RingLost
-from daemons.vtpm.manager_link import ManagerLink
+from daemons.ring_client import RingForgotten, RingLost, Sent
+from daemons.vtpm.manager_link import ManagerLink, changes_nothing
 from protocol.return_codes import ReturnCode
 
 RECORD = bytes(range(64))
+SENT = Sent("memory", 7)
+EXTEND = bytes.fromhex("00c1000000220000001400000000") + bytes(20)
 
 
 def answer(code=0, body=b"", tag=0x01C4):
@@ -24,12 +26,18 @@ class Ring:
         self.answers = list(answers)
         self.requests = []
 
-    def __call__(self, request, _locality=0):
+    def exchange(self, request, *, before_send=None):
         self.requests.append(request)
+        if before_send is not None:
+            before_send(SENT)
         given = self.answers.pop(0)
         if isinstance(given, Exception):
             raise given
         return given
+
+    def resume(self, request, sent, before_send):
+        self.resumed = (request, sent, before_send)
+        return self.answers.pop(0)
 
 
 def forgotten():
@@ -99,8 +107,22 @@ def test_a_manager_that_does_not_come_back_is_not_asked_again():
 def test_a_request_of_a_guest_that_changes_something_is_not_asked_again():
     ring = Ring(forgotten(), answer())
     with pytest.raises(RingLost):
-        ManagerLink(ring).pass_on(bytes.fromhex("00c1000000220000001400000000") + bytes(20))
+        ManagerLink(ring).pass_on_once(EXTEND, lambda _: None)
     assert len(ring.requests) == 1
+    assert not changes_nothing(EXTEND)
+
+
+def test_a_request_that_must_not_be_done_twice_is_told_before_it_is_sent():
+    told, ring = [], Ring(answer(tag=0xC4))
+    assert ManagerLink(ring).pass_on_once(EXTEND, told.append) == answer(tag=0xC4)
+    assert told == [SENT]
+
+
+def test_what_a_killed_vtpm_had_sent_is_asked_for_under_its_number():
+    ring = Ring(answer(tag=0xC4))
+    assert ManagerLink(ring).resume(EXTEND, SENT, print) == answer(tag=0xC4)
+    assert ring.resumed == (EXTEND, SENT, print)
+    assert ring.requests == []
 
 
 @pytest.mark.parametrize(
@@ -108,6 +130,7 @@ def test_a_request_of_a_guest_that_changes_something_is_not_asked_again():
 )
 def test_a_request_of_a_guest_that_changes_nothing_is_asked_again(request_hex):
     ring = Ring(forgotten(), answer(tag=0xC4))
+    assert changes_nothing(bytes.fromhex(request_hex))
     assert ManagerLink(ring).pass_on(bytes.fromhex(request_hex)) == answer(tag=0xC4)
 
 
