@@ -59,6 +59,9 @@ T = TypeVar("T")
 CONNECT_RETRY_S: Final = 0.05
 CONNECT_TIMEOUT_S: Final = 5.0
 RECONNECT_TIMEOUT_S: Final = 10.0
+HOLD_S: Final = 0.02
+"""How long after `let_go` a locality is kept for a next command; a driver that wants the chip waits
+750 ms for it (timeout A)."""
 ANSWER_TIMEOUT_S: Final = 30.0
 """How long the chip may leave a register read unanswered, beyond the duration of a command: the
 chip's process may be stopped or starved, which is no fault of the TPM."""
@@ -181,6 +184,8 @@ class TisLink:
         # The chip may hold a response that must not be taken for the next command's; also one of an
         # earlier process, so this is where every link begins.
         self._is_unfinished = True
+        self._letting_go = threading.Event()
+        self._let_go_thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -235,6 +240,34 @@ class TisLink:
         """
         with self._turn, self._told("resume a command on"):
             return self._execute(request, is_outstanding=True)
+
+    def let_go(self) -> None:
+        """Give the locality up within `HOLD_S`; what comes before that finds it still held.
+
+        To take and to give up a locality costs more than a command.
+        """
+        if self._let_go_thread is None:
+            self._let_go_thread = threading.Thread(
+                target=self._let_go_in_time, name="let go", daemon=True
+            )
+            self._let_go_thread.start()
+        self._letting_go.set()
+
+    def _let_go_in_time(self) -> None:
+        while True:
+            self._letting_go.wait()
+            time.sleep(HOLD_S)
+            with self._turn:
+                # A response that waits in the chip is taken first; who takes it comes here again.
+                if not self._is_unfinished:
+                    self._letting_go.clear()
+                    self._relinquish_if_connected()
+
+    def _relinquish_if_connected(self) -> None:
+        # Whether this succeeds changes nothing for anybody who was answered.
+        with contextlib.suppress(Failure), self._told("give up a locality of"):
+            if self._wire is not None and self._wire.is_usable:
+                self._wire.run(self._driver.relinquish())
 
     def identify(self) -> ChipIdentity:
         """Take the locality and read what chip this is."""
@@ -318,7 +351,8 @@ class TisLink:
                 self._drop()
 
     def _finish_over(self, wire: _Wire) -> None:
-        wire.run(self._driver.finish())
+        # Whoever waits for the locality is let in by `let_go`, if that was asked for.
+        wire.run(self._driver.finish(gives_way=not self._letting_go.is_set()))
         self._is_unfinished = False
 
     def _connected(self, timeout_s: float) -> _Wire:

@@ -44,7 +44,7 @@ class EngineLink:
         self.locality = locality
         self.asked: list[bytes] = []
         self.is_gone = False
-        self.relinquished = 0
+        self.let_go_count = self.relinquished = 0
         self._response: bytes | None = None
         self._request = b""
         self.rng = CountingRng(seed + b" client")
@@ -90,6 +90,9 @@ class EngineLink:
         if self._response is not None and self._request == request:
             return self._response
         return self.execute(request)
+
+    def let_go(self) -> None:
+        self.let_go_count += 1
 
     def relinquish(self) -> None:
         self.relinquished += 1

@@ -96,12 +96,12 @@ def test_chip_is_free_for_others_after_each_use(tmp_path: Path):
     bench = bench_on(link, tmp_path)
     with bench.chip.operation("x") as tpm:
         tpm.pcr_read(0)
-    assert link.relinquished == 1
+    assert link.let_go_count == 1
     bench.chip.exchange(bytes(10))
-    assert link.relinquished == 2
+    assert link.let_go_count == 2
     with pytest.raises(ChipRefusal), bench.chip.operation("x") as tpm:
         tpm.pcr_read(24)
-    assert link.relinquished == 3
+    assert link.let_go_count == 3
 
 
 # -- other users' handles --------------------------------------------------------------------------
