@@ -34,6 +34,7 @@ from uuid import UUID
 
 from protocol import xenbus
 from protocol.tpmif_page import (
+    PACKET_BYTES_MAX,
     PAGE_BYTES,
     PAGE_TRANSITIONS,
     PageState,
@@ -93,6 +94,13 @@ class Prefix:
 
 _PREFIX: Final = struct.Struct("<BQ")
 """`Prefix` for the hot path; a test holds the two equal."""
+
+
+_MESSAGE: Final = struct.Struct("<BQIBBBB")
+"""`Prefix` and `PageHeader` of a kick in one, for commands and answers; a test holds it equal."""
+_MESSAGE_BYTES: Final = 17
+_FREE: Final = (int(PageState.IDLE), int(PageState.FINISH))
+"""States in which a page takes a new request."""
 
 
 def kick(sequence: int, image: bytes) -> bytes:
@@ -332,6 +340,18 @@ class BackendRing:
         Raises:
             DecodeError: The frontend broke the protocol.
         """
+        # The usual case, in one look at the message: a new request on a free page.
+        if len(message) >= _MESSAGE_BYTES and self.is_attached and self._page in _FREE:
+            kind, sequence, length, state, locality, pad, pages = _MESSAGE.unpack_from(message)
+            if (
+                state == _SUBMIT
+                and kind == _KICK
+                and sequence == self._sequence + 1
+                and length == len(message) - _MESSAGE_BYTES <= PACKET_BYTES_MAX
+                and not (pad or pages)
+            ):
+                self._page, self._sequence = _SUBMIT, sequence
+                return Submitted(sequence, locality, message[_MESSAGE_BYTES:])
         kind, sequence = _read_prefix(message)
         if kind == _KICK:
             return self._kicked(sequence, message)
@@ -386,6 +406,9 @@ class BackendRing:
 
     def finish(self, response: bytes) -> bytes:
         """Answer the request on the page with a response of up to 4088 bytes (FINISH)."""
+        if self._page == _SUBMIT and len(response) <= PACKET_BYTES_MAX:
+            self._page = _FINISH
+            return _MESSAGE.pack(_KICK, self._sequence, len(response), _FINISH, 0, 0, 0) + response
         return self._answer(PageState.FINISH, response)
 
     def idle(self) -> bytes:
@@ -480,10 +503,13 @@ class FrontendRing:
             raise RingMisuseError("a request is outstanding")
         if self._sequence >= SEQUENCE_MAX:
             raise RingMisuseError("sequence numbers are used up")
-        image = self._set_page(PageState.SUBMIT, locality, packet)
-        self._sequence += 1
-        self.outstanding = Request(self._sequence, locality, packet)
-        return kick(self._sequence, image)
+        if not self.is_attached or self._page not in _FREE or len(packet) > PACKET_BYTES_MAX:
+            self._set_page(PageState.SUBMIT, locality, packet)  # says what is wrong
+        sequence = self._sequence + 1
+        head = _MESSAGE.pack(_KICK, sequence, len(packet), _SUBMIT, locality, 0, 0)
+        self._page, self._sequence = _SUBMIT, sequence
+        self.outstanding = Request(sequence, locality, packet)
+        return head + packet
 
     def resubmit(self) -> bytes:
         """Put the outstanding request on the page of a new connection, under its own number.
@@ -526,6 +552,18 @@ class FrontendRing:
         Raises:
             DecodeError: The backend broke the protocol.
         """
+        # The usual case, in one look at the message: the answer to what is outstanding.
+        if len(message) >= _MESSAGE_BYTES and self.is_attached and self._page == _SUBMIT:
+            kind, sequence, length, state, _, pad, pages = _MESSAGE.unpack_from(message)
+            if (
+                state == _FINISH
+                and kind == _KICK
+                and sequence == self._sequence
+                and length == len(message) - _MESSAGE_BYTES <= PACKET_BYTES_MAX
+                and not (pad or pages)
+            ):
+                self._page, self.outstanding = _FINISH, None
+                return Finished(sequence, message[_MESSAGE_BYTES:])
         kind, sequence = _read_prefix(message)
         if kind == _KICK:
             return self._kicked(sequence, message)

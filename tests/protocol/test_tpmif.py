@@ -84,6 +84,15 @@ def test_prefix_of_hot_path_equals_its_declaration(kind, sequence):
     assert len(declared) == PREFIX_BYTES
 
 
+@given(st.integers(0, 2**64 - 1), st.integers(0, 2**32 - 1), st.binary(min_size=4, max_size=4))
+def test_message_of_hot_path_equals_its_declarations(sequence, length, rest):
+    state, locality, pad, extra = rest
+    page = PageHeader(length=length, state=state, locality=locality, pad=pad, nr_extra_pages=extra)
+    declared = encode(Prefix(kind=2, sequence=sequence)) + encode(page)
+    assert declared == tpmif._MESSAGE.pack(2, sequence, length, *rest)
+    assert len(declared) == tpmif._MESSAGE_BYTES
+
+
 def test_page_image_is_the_tpmif_page_byte_for_byte():
     assert page_image(SUBMIT, 2, b"abc").hex() == "0300000001020000616263"
 
