@@ -62,6 +62,8 @@ RECONNECT_TIMEOUT_S: Final = 10.0
 HOLD_S: Final = 0.02
 """How long after `let_go` a locality is kept for a next command; a driver that wants the chip waits
 750 ms for it (timeout A)."""
+FAREWELL_S: Final = 1.0
+"""How long a chip may take to let a locality go that nobody waits for."""
 ANSWER_TIMEOUT_S: Final = 30.0
 """How long the chip may leave a register read unanswered, beyond the duration of a command: the
 chip's process may be stopped or starved, which is no fault of the TPM."""
@@ -196,9 +198,16 @@ class TisLink:
     def close(self) -> None:
         """End the connection, also under an operation of another thread. The chip changes nothing.
 
-        The link may be used again; it connects again then.
+        But for a locality that was to be let go: that is given up now. The link may be used again;
+        it connects again then.
         """
         self._is_closing = True
+        if self._letting_go.is_set() and self._turn.acquire(blocking=False):
+            try:
+                if not self._is_unfinished:
+                    self._relinquish_if_connected()
+            finally:
+                self._turn.release()
         wire = self._wire
         if wire is not None:
             wire.cut()
@@ -267,6 +276,7 @@ class TisLink:
         # Whether this succeeds changes nothing for anybody who was answered.
         with contextlib.suppress(Failure), self._told("give up a locality of"):
             if self._wire is not None and self._wire.is_usable:
+                self._wire.allow(FAREWELL_S)
                 self._wire.run(self._driver.relinquish())
 
     def identify(self) -> ChipIdentity:
@@ -321,8 +331,7 @@ class TisLink:
         deadline_s: float | None = None
         while True:
             try:
-                wire = self._connected(connect_timeout_s)
-                wire.allow(self._answer_timeout_s + self._driver.timing.duration_s(request))
+                wire = self._connected(connect_timeout_s, self._driver.timing.duration_s(request))
                 if is_outstanding:
                     # Before anything else is done to the registers: they know what happened.
                     response = wire.run(self._driver.resume(request))
@@ -351,11 +360,11 @@ class TisLink:
                 self._drop()
 
     def _finish_over(self, wire: _Wire) -> None:
-        # Whoever waits for the locality is let in by `let_go`, if that was asked for.
-        wire.run(self._driver.finish(gives_way=not self._letting_go.is_set()))
+        # Whoever waits for the locality of a link that lets go is let in by that.
+        wire.run(self._driver.finish(gives_way=self._let_go_thread is None))
         self._is_unfinished = False
 
-    def _connected(self, timeout_s: float) -> _Wire:
+    def _connected(self, timeout_s: float, duration_s: float = 0.0) -> _Wire:
         if self._wire is not None and not self._wire.is_usable:
             self._drop()
         if self._wire is None:
@@ -365,7 +374,8 @@ class TisLink:
         except ChipRefused:
             self._drop()
             raise
-        self._wire.allow(self._answer_timeout_s)
+        # At once for the command, which is mostly as the one before: each change is a system call.
+        self._wire.allow(self._answer_timeout_s + duration_s)
         return self._wire
 
     def _initialized(self, wire: _Wire) -> ChipIdentity:

@@ -296,6 +296,15 @@ def test_next_command_finds_the_locality_held(chip, link, monkeypatch):
     assert ACCESS not in offsets
 
 
+def test_closed_link_has_given_up_what_was_to_be_let_go(chip, link, monkeypatch):
+    monkeypatch.setattr("daemons.tis_link.HOLD_S", 60.0)
+    link.exchange(command())
+    link.let_go()
+    link.close()
+    assert chip.device.active_locality is None
+    assert chip.port.executed == [command()]
+
+
 def test_locality_is_not_given_up_while_a_response_waits_in_the_chip(chip, link):
     given_up = watch_given_up(chip)
     response = link.execute(command())
