@@ -59,7 +59,7 @@ T = TypeVar("T")
 CONNECT_RETRY_S: Final = 0.05
 CONNECT_TIMEOUT_S: Final = 5.0
 RECONNECT_TIMEOUT_S: Final = 10.0
-HOLD_S: Final = 0.02
+HOLD_S: Final = 0.1
 """How long after `let_go` a locality is kept for a next command; a driver that wants the chip waits
 750 ms for it (timeout A)."""
 FAREWELL_S: Final = 1.0

@@ -305,7 +305,8 @@ def test_closed_link_has_given_up_what_was_to_be_let_go(chip, link, monkeypatch)
     assert chip.port.executed == [command()]
 
 
-def test_locality_is_not_given_up_while_a_response_waits_in_the_chip(chip, link):
+def test_locality_is_not_given_up_while_a_response_waits_in_the_chip(chip, link, monkeypatch):
+    monkeypatch.setattr("daemons.tis_link.HOLD_S", 0.01)
     given_up = watch_given_up(chip)
     response = link.execute(command())
     link.let_go()
