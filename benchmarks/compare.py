@@ -5,8 +5,9 @@
 A scratch stack with one guest is started, `vtpm simulator` (the same engine without guest, vTPM and
 manager around it) and Debian's swtpm (TPM 1.2). Every operation runs against swtpm, the simulator,
 the guest's tpm0 and directly on the vTPM's ring, in slices that alternate, with the client and all
-daemons pinned to one CPU: unpinned, two identical servers differ by up to five times. Quote the
-ratios, not the microseconds. What the figures mean is in docs/performance.md.
+daemons pinned to one CPU: unpinned, two identical servers differ by up to five times. What is timed
+is a send and the receive of the answer. Quote the ratios, not the microseconds. What the figures
+mean is in docs/performance.md.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.endpoints import Program, Stack, memory_of, simulator, swtpm
+from benchmarks.endpoints import Program, Stack, Wire, memory_of, simulator, swtpm
 from benchmarks.operations import OPERATIONS, Endpoint, Measured, Operation
 from protocol.return_codes import TpmError
 
@@ -108,6 +109,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.5, help="per command and endpoint")
     parser.add_argument("--json", type=Path, help="also write the figures there")
     parser.add_argument("--cpu", type=int, default=0, help="the CPU everything is pinned to")
+    parser.add_argument(
+        "--ring-client", action="store_true", help="the ring by the client that guests use"
+    )
     options = parser.parse_args()
     wanted = options.ops.split(",") if options.ops else [m.name for m in OPERATIONS]
     chosen = [m for m in OPERATIONS if m.name in wanted]
@@ -120,9 +124,10 @@ def main() -> None:
             programs = {"swtpm": running.enter_context(swtpm(folder / "swtpm")), **programs}
         else:
             print("swtpm is not installed (apt-get install swtpm): no ratios", file=sys.stderr)
-        endpoints = [Endpoint(label, program.exchange) for label, program in programs.items()]
+        endpoints = [Endpoint(label, Wire(program.exchange)) for label, program in programs.items()]
         endpoints.append(Endpoint("tpm0", stack.open_tpm0()))
-        endpoints.append(Endpoint("ring", stack.open_ring()))
+        ring = stack.open_ring_client() if options.ring_client else stack.open_ring()
+        endpoints.append(Endpoint("ring", ring))
         cpus = os.sched_getaffinity(0)
         stack.pin(options.cpu)
         for program in programs.values():

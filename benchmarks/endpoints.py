@@ -13,8 +13,16 @@ from pathlib import Path
 from typing import Self
 
 from daemons.launcher_client import LauncherClient
+from daemons.listeners import Kind, connect
 from daemons.places import Places
 from daemons.ring_client import RingClient
+from protocol.tpmif import (
+    MESSAGE_BYTES_MAX,
+    BackendConnected,
+    BackendWaiting,
+    Finished,
+    FrontendRing,
+)
 
 Exchange = Callable[[bytes], bytes]
 VTPM = Path(sys.executable).with_name("vtpm")
@@ -46,6 +54,61 @@ def stream_exchange(path: Path) -> Exchange:
         return response
 
     return exchange
+
+
+class Wire:
+    """How requests reach a TPM. Only `exchange` is timed: a send, and the receive of the answer.
+
+    Args:
+        exchange: Sends a message, gives the answer.
+    """
+
+    def __init__(self, exchange: Exchange) -> None:
+        self.exchange = exchange
+
+    def message_of(self, request: bytes) -> bytes:
+        """What goes over the wire for a request."""
+        return request
+
+    def response_of(self, answer: bytes) -> bytes:
+        """The response in an answer."""
+        return answer
+
+
+class RingWire(Wire):
+    """A frontend that has only the state machine: a backend's time, not its client's.
+
+    Args:
+        path: The backend's ring socket.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(self._exchange)
+        self._ring = FrontendRing(0)
+        self._socket = connect(path, Kind.SEQPACKET, timeout_s=READY_S)
+        while not self._ring.is_attached:
+            event = self._ring.receive(self._socket.recv(MESSAGE_BYTES_MAX))
+            if isinstance(event, BackendWaiting):
+                self._socket.send(self._ring.publish())
+            elif isinstance(event, BackendConnected):
+                self._socket.send(self._ring.connected())
+            else:
+                raise ConnectionError(f"the backend at {path} said {event}")
+
+    def message_of(self, request: bytes) -> bytes:
+        """The kick that carries a request."""
+        return self._ring.submit(request)
+
+    def response_of(self, answer: bytes) -> bytes:
+        """The packet of a kick."""
+        event = self._ring.receive(answer)
+        if not isinstance(event, Finished):
+            raise ConnectionError(f"the backend said {event}")
+        return event.packet
+
+    def _exchange(self, message: bytes) -> bytes:
+        self._socket.send(message)
+        return self._socket.recv(MESSAGE_BYTES_MAX)
 
 
 class Program:
@@ -152,15 +215,19 @@ class Stack:
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stdout}{done.stderr}")
 
-    def open_tpm0(self) -> Exchange:
+    def open_tpm0(self) -> Wire:
         """The guest's device."""
-        return stream_exchange(self._places.domain("guest1").tpm0)
+        return Wire(stream_exchange(self._places.domain("guest1").tpm0))
 
-    def open_ring(self) -> Exchange:
+    def open_ring(self) -> Wire:
         """A vTPM's ring, without a guest in between."""
+        return RingWire(self._places.domain("vtpm-guest2").ring_socket)
+
+    def open_ring_client(self) -> Wire:
+        """The same by the client that guests use, whose time is then part of the figure."""
         ring = RingClient(self._places.domain("vtpm-guest2").ring_socket)
         ring.connect(READY_S)
-        return ring.exchange
+        return Wire(ring.exchange)
 
     def pids(self) -> dict[str, int]:
         """Process of each domain that has one of its own."""
@@ -173,8 +240,8 @@ class Stack:
         return self.pids() | ({"hwtpm": chip} if chip else {})
 
     def pin(self, cpu: int) -> None:
-        """Pin every daemon, with all its threads, to one CPU."""
-        for pid in self.pids().values():
+        """Pin every daemon and the chip, with all their threads, to one CPU."""
+        for pid in self.all_pids().values():
             pin(pid, cpu)
 
     def facts(self) -> dict[str, str]:

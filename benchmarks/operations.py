@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter_ns
 
+from benchmarks.endpoints import Wire
 from protocol.constants import (
     CapabilityArea,
     EntityType,
@@ -28,7 +29,6 @@ from tpm12.client import WELL_KNOWN, TpmClient, selection
 from tpm12.client_core import ClientSession, Use
 from tpm12.crypto import sha1
 
-Exchange = Callable[[bytes], bytes]
 Operation = Callable[[], int]
 SRK = int(KeyHandleValue.SRK)
 NV_OWNER, NV_AUTH = 0x00011101, 0x00011103
@@ -48,13 +48,13 @@ class Endpoint:
 
     Args:
         label: How tables call it.
-        exchange: Sends a request, gives the response.
+        wire: Reaches it.
     """
 
-    def __init__(self, label: str, exchange: Exchange) -> None:
+    def __init__(self, label: str, wire: Wire) -> None:
         self.label = label
         self.ns = 0
-        self._exchange = exchange
+        self._wire = wire
         self.tpm = TpmClient(self._timed, rng=SystemRng())
         self._key: int | None = None
         self._blob: Key | Key12 | None = None
@@ -64,10 +64,11 @@ class Endpoint:
         self._bring_up()
 
     def _timed(self, request: bytes) -> bytes:
+        exchange, message = self._wire.exchange, self._wire.message_of(request)
         start = perf_counter_ns()
-        response = self._exchange(request)
+        answer = exchange(message)
         self.ns += perf_counter_ns() - start
-        return response
+        return self._wire.response_of(answer)
 
     def taking(self, action: Callable[[], object]) -> int:
         """Nanoseconds on the wire of everything that an action sends."""

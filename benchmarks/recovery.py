@@ -41,7 +41,7 @@ class Program:
     """
 
     def __init__(self, stack: Stack) -> None:
-        self._exchange = stack.open_tpm0()
+        self._exchange = stack.open_tpm0().exchange
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run)
         self.longest_s = 0.0

@@ -59,6 +59,11 @@ T = TypeVar("T")
 CONNECT_RETRY_S: Final = 0.05
 CONNECT_TIMEOUT_S: Final = 5.0
 RECONNECT_TIMEOUT_S: Final = 10.0
+HOLD_S: Final = 0.1
+"""How long after `let_go` a locality is kept for a next command; a driver that wants the chip waits
+750 ms for it (timeout A)."""
+FAREWELL_S: Final = 1.0
+"""How long a chip may take to let a locality go that nobody waits for."""
 ANSWER_TIMEOUT_S: Final = 30.0
 """How long the chip may leave a register read unanswered, beyond the duration of a command: the
 chip's process may be stopped or starved, which is no fault of the TPM."""
@@ -181,6 +186,8 @@ class TisLink:
         # The chip may hold a response that must not be taken for the next command's; also one of an
         # earlier process, so this is where every link begins.
         self._is_unfinished = True
+        self._letting_go = threading.Event()
+        self._let_go_thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -191,9 +198,16 @@ class TisLink:
     def close(self) -> None:
         """End the connection, also under an operation of another thread. The chip changes nothing.
 
-        The link may be used again; it connects again then.
+        But for a locality that was to be let go: that is given up now. The link may be used again;
+        it connects again then.
         """
         self._is_closing = True
+        if self._letting_go.is_set() and self._turn.acquire(blocking=False):
+            try:
+                if not self._is_unfinished:
+                    self._relinquish_if_connected()
+            finally:
+                self._turn.release()
         wire = self._wire
         if wire is not None:
             wire.cut()
@@ -244,13 +258,43 @@ class TisLink:
             reached the chip as a whole, and so was not run, nor is it now.
         """
         with self._turn, self._told("learn what became of a command on"):
-            return self._persist(lambda wire: self._resumed(wire, request))
+            duration_s = self._driver.timing.duration_s(request)
+            return self._persist(lambda wire: wire.run(self._driver.resume(request)), duration_s)
 
     def settle(self) -> None:
         """Make sure that no response of an earlier command waits in the chip."""
         with self._turn, self._told("end a command on"):
             if self._is_unfinished:
                 self._persist(self._finish_over)
+
+    def let_go(self) -> None:
+        """Give the locality up within `HOLD_S`; what comes before that finds it still held.
+
+        To take and to give up a locality costs more than a command.
+        """
+        if self._let_go_thread is None:
+            self._let_go_thread = threading.Thread(
+                target=self._let_go_in_time, name="let go", daemon=True
+            )
+            self._let_go_thread.start()
+        self._letting_go.set()
+
+    def _let_go_in_time(self) -> None:
+        while True:
+            self._letting_go.wait()
+            time.sleep(HOLD_S)
+            with self._turn:
+                # A response that waits in the chip is taken first; who takes it comes here again.
+                if not self._is_unfinished:
+                    self._letting_go.clear()
+                    self._relinquish_if_connected()
+
+    def _relinquish_if_connected(self) -> None:
+        # Whether this succeeds changes nothing for anybody who was answered.
+        with contextlib.suppress(Failure), self._told("give up a locality of"):
+            if self._wire is not None and self._wire.is_usable:
+                self._wire.allow(FAREWELL_S)
+                self._wire.run(self._driver.relinquish())
 
     def identify(self) -> ChipIdentity:
         """Take the locality and read what chip this is."""
@@ -304,29 +348,24 @@ class TisLink:
             nonlocal is_outstanding
             if is_outstanding:
                 # Before anything else is done to the registers: they know what happened.
-                response = self._resumed(wire, request)
+                response = wire.run(self._driver.resume(request))
                 if response is not None:
                     return response
             elif self._is_unfinished:
                 self._finish_over(wire)
             self._initialized(wire)
-            wire.allow(self._answer_timeout_s + self._driver.timing.duration_s(request))
             is_outstanding = self._is_unfinished = True
             return wire.run(self._driver.execute(request))
 
-        return self._persist(execute)
+        return self._persist(execute, self._driver.timing.duration_s(request))
 
-    def _resumed(self, wire: _Wire, request: bytes) -> bytes | None:
-        wire.allow(self._answer_timeout_s + self._driver.timing.duration_s(request))
-        return wire.run(self._driver.resume(request))
-
-    def _persist(self, work: Callable[[_Wire], T]) -> T:
-        """Do something with the chip, over the loss of connections."""
+    def _persist(self, work: Callable[[_Wire], T], duration_s: float = 0.0) -> T:
+        """Do something with the chip that takes so long, over the loss of connections."""
         connect_timeout_s = self._connect_timeout_s
         deadline_s: float | None = None
         while True:
             try:
-                return work(self._connected(connect_timeout_s))
+                return work(self._connected(connect_timeout_s, duration_s))
             except _LostError:
                 now_s = time.monotonic()
                 if deadline_s is None:
@@ -345,10 +384,11 @@ class TisLink:
                 self._drop()
 
     def _finish_over(self, wire: _Wire) -> None:
-        wire.run(self._driver.finish())
+        # Whoever waits for the locality of a link that lets go is let in by that.
+        wire.run(self._driver.finish(gives_way=self._let_go_thread is None))
         self._is_unfinished = False
 
-    def _connected(self, timeout_s: float) -> _Wire:
+    def _connected(self, timeout_s: float, duration_s: float = 0.0) -> _Wire:
         if self._wire is not None and not self._wire.is_usable:
             self._drop()
         if self._wire is None:
@@ -358,7 +398,8 @@ class TisLink:
         except ChipRefused:
             self._drop()
             raise
-        self._wire.allow(self._answer_timeout_s)
+        # At once for the command, which is mostly as the one before: each change is a system call.
+        self._wire.allow(self._answer_timeout_s + duration_s)
         return self._wire
 
     def _initialized(self, wire: _Wire) -> ChipIdentity:

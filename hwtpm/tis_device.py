@@ -33,7 +33,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from types import MappingProxyType
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from hwtpm.tis_registers import (
     BURST_COUNT_SHIFT,
@@ -444,8 +444,7 @@ class _Interrupts:
 # -- the device ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TisSnapshot:
+class TisSnapshot(NamedTuple):
     """Everything the registers and buffers hold; the engine's own state is not part of it."""
 
     is_powered: bool

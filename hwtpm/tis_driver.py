@@ -34,6 +34,7 @@ from hwtpm.tis_registers import (
     HEADER_BYTES,
     INT_EVENTS,
     LOCALITIES,
+    NOT_DECODED,
     Access,
     Capability,
     IntEnable,
@@ -334,10 +335,13 @@ class TisDriver:
         if not status & Status.COMMAND_READY:
             yield from self._write(Register.STS, Status.COMMAND_READY)
             yield from self._wait_for(Status.COMMAND_READY, self.timing.b_s, TisFault.TIMEOUT_B)
-        yield from self._fill_fifo(request[:-1])
-        if not (yield from self._valid_status()) & Status.EXPECT:
-            raise self._error(TisFault.PROTOCOL, "Expect fell before the last byte")
-        yield from self._write(Register.DATA_FIFO, request[-1:])
+        # What fits into one burst is taken whole or not at all, so one look at Expect is enough.
+        at = 0 if len(request) <= (yield from self._burst()) else len(request) - 1
+        if at:
+            yield from self._fill_fifo(request[:at])
+            if not (yield from self._valid_status()) & Status.EXPECT:
+                raise self._error(TisFault.PROTOCOL, "Expect fell before the last byte")
+        yield from self._write(Register.DATA_FIFO, request[at:])
         if (yield from self._valid_status()) & Status.EXPECT:
             raise self._error(TisFault.PROTOCOL, "Expect stayed after the last byte")
         yield from self._write(Register.STS, Status.TPM_GO)
@@ -363,13 +367,22 @@ class TisDriver:
         if not HEADER_BYTES <= size <= COMMAND_BYTES_MAX:
             raise self._error(TisFault.PROTOCOL, f"a response that claims {size} bytes")
         data += yield from self._drain_fifo(size - len(data))
+        rest = data[size:]
+        if rest and rest.count(NOT_DECODED) == len(rest):
+            return data[:size]  # the burst went past the last byte, and there was nothing
         if (yield from self._valid_status()) & Status.DATA_AVAIL:
             raise self._error(TisFault.PROTOCOL, "data left after the response's last byte")
         return data[:size]
 
-    def finish(self) -> Steps[None]:
-        """Let the chip forget the response; give the locality to whoever waits for it."""
+    def finish(self, *, gives_way: bool = True) -> Steps[None]:
+        """Let the chip forget the response.
+
+        Args:
+            gives_way: Then give the locality to whoever waits for it.
+        """
         yield from self._write(Register.STS, Status.COMMAND_READY)
+        if not gives_way:
+            return
         access = yield from self._access()
         waited_for = Access.TPM_REG_VALID_STS | Access.PENDING_REQUEST
         if access & waited_for == waited_for:

@@ -13,7 +13,8 @@ Invariants:
 - Sequence numbers go up by one. The one that was executed last may come again and is a `Repeat`.
   A backend that crashed may remember less than it has answered, but no less than what changed
   anything: a request it does not remember is executed again, under the next number it expects.
-- An answer that changed something says so by its prefix (`Kind.KEPT`). A backend that comes back
+- An answer that changed something says so by its prefix (`Kind.KEPT`) to a frontend that has
+  `feature-kept`. A backend that comes back
   under the same name and remembers less than that was given older contents of its memory.
 - Whatever a peer sends is an event or a `DecodeError`; after one the connection is to be closed.
 - The locality byte is passed on as it came: what a peer may ask for is the backend's policy.
@@ -36,6 +37,7 @@ from uuid import UUID
 
 from protocol import xenbus
 from protocol.tpmif_page import (
+    PACKET_BYTES_MAX,
     PAGE_BYTES,
     PAGE_TRANSITIONS,
     PageState,
@@ -54,6 +56,8 @@ RING_ID_CHARS_MAX: Final = 128
 
 FEATURE_PROTOCOL_V2: Final = "feature-protocol-v2"
 FEATURE_RESUME: Final = "feature-resume"
+FEATURE_KEPT: Final = "feature-kept"
+"""A frontend that has it is told which responses are remembered over a crash (`Kind.KEPT`)."""
 HANDLE: Final = "handle"
 UUID_KEY: Final = "uuid"
 RING: Final = "ring"
@@ -64,6 +68,7 @@ LAST_SEQUENCE: Final = "last-sequence"
 # Enumeration members cost more to look up than the rest of a kick: plain numbers for the hot path.
 _KICK: Final = 2
 _KEPT: Final = 3
+_ANSWERS: Final = (_KICK, _KEPT)
 _SUBMIT: Final = int(PageState.SUBMIT)
 _FINISH: Final = int(PageState.FINISH)
 _FRONTEND_MAY_SET: Final[Mapping[int, frozenset[int]]] = {
@@ -98,6 +103,13 @@ class Prefix:
 
 _PREFIX: Final = struct.Struct("<BQ")
 """`Prefix` for the hot path; a test holds the two equal."""
+
+
+_MESSAGE: Final = struct.Struct("<BQIBBBB")
+"""`Prefix` and `PageHeader` of a kick in one, for commands and answers; a test holds it equal."""
+_MESSAGE_BYTES: Final = 17
+_FREE: Final = (int(PageState.IDLE), int(PageState.FINISH))
+"""States in which a page takes a new request."""
 
 
 def kick(sequence: int, image: bytes, kind: int = _KICK) -> bytes:
@@ -265,6 +277,7 @@ class BackendRing:
         "_frontend_state",
         "_page",
         "_sequence",
+        "_tells_kept",
         "is_attached",
     )
 
@@ -276,6 +289,7 @@ class BackendRing:
         self._page: int = PageState.IDLE
         self._sequence = 0  # of the request on the page; answered unless the page says otherwise
         self._cancelled = 0  # the last sequence that CANCEL came for
+        self._tells_kept = False  # the frontend knows a response that is kept from one that is not
 
     @property
     def is_busy(self) -> bool:
@@ -338,6 +352,18 @@ class BackendRing:
         Raises:
             DecodeError: The frontend broke the protocol.
         """
+        # The usual case, in one look at the message: a new request on a free page.
+        if len(message) >= _MESSAGE_BYTES and self.is_attached and self._page in _FREE:
+            kind, sequence, length, state, locality, pad, pages = _MESSAGE.unpack_from(message)
+            if (
+                state == _SUBMIT
+                and kind == _KICK
+                and sequence == self._sequence + 1
+                and length == len(message) - _MESSAGE_BYTES <= PACKET_BYTES_MAX
+                and not (pad or pages)
+            ):
+                self._page, self._sequence = _SUBMIT, sequence
+                return Submitted(sequence, locality, message[_MESSAGE_BYTES:])
         kind, sequence = _read_prefix(message)
         if kind == _KICK:
             return self._kicked(sequence, message)
@@ -388,6 +414,7 @@ class BackendRing:
                 f"frontend {state.name} while the backend is {self._backend_state.name}"
             )
         _check_protocol(keys)
+        self._tells_kept = keys.get(FEATURE_KEPT) == "1"
         return FrontendReady(_number(keys, HANDLE, 0xFFFF))
 
     def finish(self, response: bytes, *, is_kept: bool = False) -> bytes:
@@ -397,7 +424,11 @@ class BackendRing:
             response: Up to 4088 bytes.
             is_kept: It is remembered also when this process is killed.
         """
-        return self._answer(PageState.FINISH, response, _KEPT if is_kept else _KICK)
+        kind = _KEPT if is_kept and self._tells_kept else _KICK
+        if self._page == _SUBMIT and len(response) <= PACKET_BYTES_MAX:
+            self._page = _FINISH
+            return _MESSAGE.pack(kind, self._sequence, len(response), _FINISH, 0, 0, 0) + response
+        return self._answer(PageState.FINISH, response, kind)
 
     def idle(self) -> bytes:
         """Say that the request was cancelled, or acknowledge a late CANCEL (IDLE)."""
@@ -480,7 +511,12 @@ class FrontendRing:
         """Say which device this is (Initialised)."""
         return self._publish(
             XenbusState.INITIALISED,
-            {FEATURE_PROTOCOL_V2: "1", FEATURE_RESUME: "1", HANDLE: str(self._handle)},
+            {
+                FEATURE_PROTOCOL_V2: "1",
+                FEATURE_RESUME: "1",
+                FEATURE_KEPT: "1",
+                HANDLE: str(self._handle),
+            },
         )
 
     def connected(self) -> bytes:
@@ -508,10 +544,13 @@ class FrontendRing:
             raise RingMisuseError("a request is outstanding")
         if self._sequence >= SEQUENCE_MAX:
             raise RingMisuseError("sequence numbers are used up")
-        image = self._set_page(PageState.SUBMIT, locality, packet)
-        self._sequence += 1
-        self.outstanding = Request(self._sequence, locality, packet)
-        return kick(self._sequence, image)
+        if not self.is_attached or self._page not in _FREE or len(packet) > PACKET_BYTES_MAX:
+            self._set_page(PageState.SUBMIT, locality, packet)  # says what is wrong
+        sequence = self._sequence + 1
+        head = _MESSAGE.pack(_KICK, sequence, len(packet), _SUBMIT, locality, 0, 0)
+        self._page, self._sequence = _SUBMIT, sequence
+        self.outstanding = Request(sequence, locality, packet)
+        return head + packet
 
     def resubmit(self) -> bytes:
         """Put the outstanding request on the page of a new connection, under its own number.
@@ -567,6 +606,20 @@ class FrontendRing:
         Raises:
             DecodeError: The backend broke the protocol.
         """
+        # The usual case, in one look at the message: the answer to what is outstanding.
+        if len(message) >= _MESSAGE_BYTES and self.is_attached and self._page == _SUBMIT:
+            kind, sequence, length, state, _, pad, pages = _MESSAGE.unpack_from(message)
+            if (
+                state == _FINISH
+                and kind in _ANSWERS
+                and sequence == self._sequence
+                and length == len(message) - _MESSAGE_BYTES <= PACKET_BYTES_MAX
+                and not (pad or pages)
+            ):
+                self._page, self.outstanding = _FINISH, None
+                if kind == _KEPT:
+                    self._kept = sequence
+                return Finished(sequence, message[_MESSAGE_BYTES:])
         kind, sequence = _read_prefix(message)
         if kind == _KICK:
             return self._kicked(sequence, message)

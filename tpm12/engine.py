@@ -135,8 +135,7 @@ class Engine:
         Returns:
             The outcome, not kept yet: see `keep()`. Who does not keep it has not run the command.
         """
-        before = self.state
-        size = len(request)
+        before, size = self.state, len(request)
         if size < HEADER_BYTES:
             return self._failed(before, ReturnCode.BAD_PARAM_SIZE)
         tag, param_size, ordinal = _read_header(request)
@@ -165,11 +164,7 @@ class Engine:
                 raise TpmError(ReturnCode.BAD_PARAM_SIZE)  # noqa: TRY301
             in_digest = b""
             if blocks or is_audited:
-                start = command.params_at
-                # Where no handles are between them, ordinal and parameters are one piece.
-                in_digest = sha1(
-                    request[6:at] if start == HEADER_BYTES else request[6:10] + request[start:at]
-                )
+                in_digest = sha1(_ordinal_and_parameters(request, command.params_at, at))
             if blocks or command.keys or is_audited:
                 auth = _authorize(tpm, command, operands, blocks, in_digest)
             elif command.sessions:
@@ -390,6 +385,13 @@ def _begin(tpm: Tpm, command: Command | None, request: bytes) -> tuple[Command, 
     _check_gates(tpm, command, tag)
     audit_status = tpm.permanent.ordinal_audit_status
     return command, operands, at, audit_status.get(ordinal, command.is_audited_at_factory)
+
+
+def _ordinal_and_parameters(request: bytes, params_at: int, params_end: int) -> bytes:
+    """What is hashed of a request: neither its header nor its handles."""
+    if params_at == HEADER_BYTES:
+        return request[6:params_end]
+    return request[6:10] + request[params_at:params_end]
 
 
 def _end_what_commands_end(tpm: Tpm, command: Command | None) -> None:

@@ -51,8 +51,11 @@ class ChipLink(Protocol):
     def settle(self) -> None:
         """Make sure that no response of an earlier command waits in the chip."""
 
+    def let_go(self) -> None:
+        """Let other localities have the chip soon."""
+
     def relinquish(self) -> None:
-        """Let other localities have the chip."""
+        """Let other localities have the chip now."""
 
     def learn_timing(self) -> object:
         """Ask the chip how long it may take."""
@@ -278,7 +281,7 @@ class Chip:
         self._let_session_go()
         with contextlib.suppress(Failure):
             self._flush(self._journal.handles)
-            self._let_others_in()
+            self._link.relinquish()
 
     @contextlib.contextmanager
     def _cleaned_up(self) -> Iterator[None]:
@@ -293,10 +296,8 @@ class Chip:
             self._let_others_in()
 
     def _let_others_in(self) -> None:
-        # An idle manager must not keep the firmware (or an operating system at locality 0) out. The
-        # command was answered before; whether this succeeds changes nothing about it.
-        with contextlib.suppress(Failure):
-            self._link.relinquish()
+        # An idle manager must not keep the firmware (or an operating system at locality 0) out.
+        self._link.let_go()
 
     # -- start-up
 

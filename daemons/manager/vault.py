@@ -1,10 +1,14 @@
 """The manager's records, kept so that a power cut at any instant leaves the old or the new.
 
-A save writes the changed leaf and its ancestors to free pages, syncs, writes both copies of the
-next root, syncs, tells the chip (where the vault is anchored in one), and only then reports
-success. Pages that the current root needs are never
+A save writes the changed leaf and its ancestors to free pages and both copies of the next root,
+syncs, tells the chip, and only then reports success. Pages that the current root needs are never
 written. What a save costs depends on the height of the tree alone, which is the same for one vTPM
-and for the 24,000 that 2 MiB hold: four pages and two syncs.
+and for the 24,000 that 2 MiB hold: four pages and one sync.
+
+Nodes and root may become durable in any order. So after a power cut the newest root may lack nodes:
+if the chip was not told of that root, nobody was, and the one before it, which the chip names, is
+the state; if it was, the image is damaged. A vault that is not anchored in a chip (it is being
+made) has nobody to tell the two apart, and syncs its nodes before it writes the root.
 
 Source of the idea: `stubdom/vtpmmgr/disk_*.c` (two roots, tree of hashes); the format is ours
 (`vault_format.py`), and so is the order of writes.
@@ -32,6 +36,7 @@ from uuid import UUID
 from daemons.disk import Disk
 from daemons.errors import ExitCode, Failure
 from daemons.manager.anchoring import Anchor, Anchored, is_one_ahead
+from daemons.manager.vault_change import Change
 from daemons.manager.vault_format import (
     BODY_BYTES,
     FANOUT,
@@ -401,7 +406,7 @@ class Vault:
             VaultError: See `save`. `Full` also when more changes at once than there are free pages.
         """
         self._require_working()
-        change = _Change(self._positions, self._vacant, len(self._levels[0]))
+        change = Change(self._positions, self._vacant, len(self._levels[0]))
         for record in records:
             change.put(record)
         for uuid in removed:
@@ -466,7 +471,7 @@ class Vault:
         # Each step takes as many leaves as there are free pages for, with all that is above them.
         step = max(1, len(self._free) // len(self._levels))
         while old := self._leaves_under_old_key():
-            change = _Change(self._positions, self._vacant, len(self._levels[0]))
+            change = Change(self._positions, self._vacant, len(self._levels[0]))
             change.touched.update(old[:step])
             self._commit_change(change)
         self._commit_root(self._levels, root=replace(self._newest, old_node_keys=()))
@@ -476,7 +481,7 @@ class Vault:
 
     # -- saving
 
-    def _commit_change(self, change: _Change) -> None:
+    def _commit_change(self, change: Change) -> None:
         levels, replaced, used = self._write_nodes(change)
         self._commit_root(levels)
         for _ in range(used):
@@ -486,8 +491,8 @@ class Vault:
         self._levels = levels
         change.apply(self._positions, self._vacant)
 
-    def _write_nodes(self, change: _Change) -> tuple[list[list[Reference]], list[int], int]:
-        """Write the changed leaves and all nodes above them to free pages, and sync.
+    def _write_nodes(self, change: Change) -> tuple[list[list[Reference]], list[int], int]:
+        """Write the changed leaves and all nodes above them to free pages.
 
         Returns:
             The levels as they will be; the pages that are free then; how many were taken.
@@ -518,10 +523,11 @@ class Vault:
                     levels[level][number] = reference
                 else:
                     levels[level].append(reference)
-        self._sync()
+        if not self._is_anchored:
+            self._sync()
         return levels, replaced, needed
 
-    def _dirty_nodes(self, change: _Change, sizes: list[int]) -> list[set[int]]:
+    def _dirty_nodes(self, change: Change, sizes: list[int]) -> list[set[int]]:
         dirty: list[set[int]] = []
         touched = change.leaves()
         for level, size in enumerate(sizes):
@@ -530,7 +536,7 @@ class Vault:
             touched = {number // FANOUT for number in dirty[-1]}
         return dirty
 
-    def _changed_leaf(self, change: _Change, number: int) -> bytes:
+    def _changed_leaf(self, change: Change, number: int) -> bytes:
         is_present = number < len(self._levels[0])
         body = self._read_leaf(number) if is_present else bytes(BODY_BYTES)
         for place, record in change.in_leaf(number):
@@ -589,6 +595,12 @@ class Vault:
         self._header, self._newest, self._digest = header, root, anchored.digest
         self._sealer = sealer
 
+    @property
+    def _is_anchored(self) -> bool:
+        """Whether the chip names the current root, and will name the next."""
+        anchorage = self._newest.anchorage
+        return self._anchor is not None and anchorage is not None and anchorage.is_confirmed
+
     def _tell_anchor(self, root: Root, anchored: Anchored) -> None:
         if self._anchor is None or root.anchorage is None or not root.anchorage.is_confirmed:
             return
@@ -602,20 +614,57 @@ class Vault:
 
     def _load(self, found: Inspection, minimum_sequence: int) -> None:
         header, name = self._header, self._disk.name
-        self._digest = hashlib.sha256(found.root_page).digest()
         if self._sealer.keys.key_check != header.key_check:
             raise WrongKey(name)
-        root = self._sealer.open_root(found.root_page, header.sequence)
+        root = self._take_root(header, found.root_page)
         # Only now is the sequence number proven.
         if header.sequence < minimum_sequence:
             raise RolledBack(name, header.sequence, minimum_sequence)
-        self._newest = root
-        self._sealer = replace(self._sealer, old_node_keys=root.old_node_keys)
         is_one_ahead = self._compare_with_anchor(root)
-        self._load_tree(root)
+        try:
+            self._load_tree(root)
+        except Damaged:
+            # It may lack nodes, when it was not completely written. Then nobody was told of it.
+            if not (is_one_ahead and self._is_anchored):
+                raise
+            self._go_back(root)
+            return
         self._heal(found)
         if is_one_ahead:
             self._tell_anchor(root, self.anchored)
+
+    def _take_root(self, header: RootHeader, page: bytes) -> Root:
+        root = self._sealer.open_root(page, header.sequence)
+        self._header, self._newest, self._digest = header, root, hashlib.sha256(page).digest()
+        self._sealer = replace(self._sealer, old_node_keys=root.old_node_keys)
+        return root
+
+    def _go_back(self, unfinished: Root) -> None:
+        """Open the root that the chip names, which an unfinished one would have followed.
+
+        Raises:
+            Damaged: It does not verify.
+            NotStored: The disk fails.
+        """
+        found, header = self._find_root(unfinished.sequence - 1, unfinished.previous)
+        self._positions, self._vacant, self._old_pages = {}, [], set()
+        self._load_tree(self._take_root(header, found.root_page))
+        # The next root has the number of the unfinished one. They must not stand side by side, as
+        # they would if the power failed while one took the other's place.
+        for number in root_pages(unfinished.sequence):
+            self._write(number, bytes(PAGE_BYTES))
+        self._sync()
+        self._heal(found)
+
+    def _find_root(self, sequence: int, digest: bytes) -> tuple[Inspection, RootHeader]:
+        copies = {number: _read(self._disk, number) for number in root_pages(sequence)}
+        for number, page in copies.items():
+            if hashlib.sha256(page).digest() == digest:
+                header = examine_root(self._disk.name, number, page)
+                assert isinstance(header, RootHeader)
+                bad = tuple(n for n, copy in copies.items() if copy != page)
+                return Inspection(header=header, root_page=page, bad_copies=bad), header
+        raise Damaged(self._disk.name, f"root {sequence}, which the chip names, is not there")
 
     def _compare_with_anchor(self, root: Root) -> bool:
         if root.anchorage is None:
@@ -704,70 +753,6 @@ class Vault:
     def _require_working(self) -> None:
         if self._failure is not None:
             raise NotStored(self._disk.name, f"{self._failure.why}, and it was not opened since")
-
-
-class _Change:
-    """Which positions get which records, planned before anything is written."""
-
-    def __init__(self, positions: dict[bytes, int], vacant: list[int], leaf_count: int) -> None:
-        self._positions = positions
-        self._vacant = vacant
-        self._placed: dict[bytes, int] = {}
-        self._removed: dict[bytes, int] = {}
-        self._vacant_taken = 0
-        self._beyond = leaf_count * RECORDS_PER_LEAF
-        self.by_position: dict[int, Record | None] = {}
-        self.touched: set[int] = set()
-        """Leaves that are written anew as they are."""
-
-    def put(self, record: Record) -> None:
-        if record.uuid == NIL_UUID:
-            raise ValueError("the nil UUID marks an empty place")
-        position = self._positions.get(record.uuid, self._placed.get(record.uuid))
-        if position is None:
-            position = self._placed[record.uuid] = self._next_place()
-        self._removed.pop(record.uuid, None)
-        self.by_position[position] = record
-
-    def remove(self, uuid: bytes) -> None:
-        position = self._positions.get(uuid, self._placed.get(uuid))
-        if position is not None:
-            self.by_position[position] = None
-            self._removed[uuid] = position
-
-    def _next_place(self) -> int:
-        if self._vacant_taken < len(self._vacant):
-            self._vacant_taken += 1
-            return self._vacant[-self._vacant_taken]
-        self._beyond += 1
-        return self._beyond - 1
-
-    @property
-    def leaf_count(self) -> int:
-        """Leaves there will be."""
-        return -(-self._beyond // RECORDS_PER_LEAF)
-
-    def leaves(self) -> set[int]:
-        """Leaves that change."""
-        return self.touched | {position // RECORDS_PER_LEAF for position in self.by_position}
-
-    def in_leaf(self, number: int) -> Iterator[tuple[int, Record | None]]:
-        """The places of one leaf that change."""
-        start = number * RECORDS_PER_LEAF
-        for position, record in self.by_position.items():
-            if start <= position < start + RECORDS_PER_LEAF:
-                yield position - start, record
-
-    def apply(self, positions: dict[bytes, int], vacant: list[int]) -> None:
-        """Bring the index up to date, after the change has become durable."""
-        if self._vacant_taken:
-            del vacant[-self._vacant_taken :]
-        positions.update(self._placed)
-        end = self.leaf_count * RECORDS_PER_LEAF
-        vacant[:0] = range(end - 1, self._beyond - 1, -1)
-        for uuid, position in self._removed.items():
-            del positions[uuid]
-            vacant.append(position)
 
 
 def _read(disk: Disk, page: int) -> bytes:

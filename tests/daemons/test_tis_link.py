@@ -254,6 +254,69 @@ def test_slow_command_is_woken_by_its_interrupt(chip, link):
     assert time.monotonic() - begin_s < 0.9  # not the fallback, which takes a second
 
 
+# -- letting others in -----------------------------------------------------------------------------
+
+ACCESS, ACTIVE_LOCALITY = 0x00, b"\x20"
+
+
+def watch_given_up(chip):
+    """An event that is set when the driver gives the locality up."""
+    given_up = threading.Event()
+
+    def look(_count, request):
+        if getattr(request, "data", None) == ACTIVE_LOCALITY and request.offset == ACCESS:
+            given_up.set()
+
+    chip.on_message = look
+    return given_up
+
+
+def test_locality_is_given_up_soon_after_the_last_command(chip, link):
+    given_up = watch_given_up(chip)
+    link.exchange(command())
+    assert chip.device.active_locality == 2
+    assert not given_up.is_set()
+    link.let_go()
+    assert given_up.wait(10)
+    link.relinquish()  # comes after it
+    assert chip.device.active_locality is None
+    assert link.exchange(command()) == answer_to(command())
+
+
+def test_next_command_finds_the_locality_held(chip, link, monkeypatch):
+    monkeypatch.setattr("daemons.tis_link.HOLD_S", 60.0)
+    link.exchange(command())
+    link.let_go()
+    offsets = []
+    chip.on_message = lambda _count, request: offsets.append(request.offset)
+    for n in range(3):
+        link.exchange(command(body=bytes([n])))
+        link.let_go()
+    assert len(offsets) >= 3 * 6
+    assert ACCESS not in offsets
+
+
+def test_closed_link_has_given_up_what_was_to_be_let_go(chip, link, monkeypatch):
+    monkeypatch.setattr("daemons.tis_link.HOLD_S", 60.0)
+    link.exchange(command())
+    link.let_go()
+    link.close()
+    assert chip.device.active_locality is None
+    assert chip.port.executed == [command()]
+
+
+def test_locality_is_not_given_up_while_a_response_waits_in_the_chip(chip, link, monkeypatch):
+    monkeypatch.setattr("daemons.tis_link.HOLD_S", 0.01)
+    given_up = watch_given_up(chip)
+    response = link.execute(command())
+    link.let_go()
+    assert not given_up.wait(0.1)
+    assert link.resume(command()) == response
+    link.finish()
+    assert given_up.wait(10)
+    assert chip.port.executed == [command()]
+
+
 # -- lost connections ------------------------------------------------------------------------------
 
 
@@ -275,7 +338,7 @@ def test_connection_cut_at_any_message_runs_each_command_exactly_once(tmp_path):
         is_through = chip.connections == 1
         chip.close()
         cut += 1
-    assert cut > 40
+    assert cut > 35
 
 
 def test_two_cuts_in_a_row_run_each_command_exactly_once(tmp_path):

@@ -82,13 +82,30 @@ def test_transmit_gives_the_response_and_leaves_the_chip_ready(bench, driver, re
 def test_transmit_follows_the_order_of_the_tis(bench, driver, request_):
     bench.run(driver.transmit(request_))
     writes = [(a[2], a[3]) for a in bench.accesses if a[0] == "write" and a[2] != 0x10]
-    assert writes == [
-        (0x18, b"\x40"),
-        (0x24, request_[:-1]),
-        (0x24, request_[-1:]),
-        (0x18, b"\x20"),
-        (0x18, b"\x40"),
-    ]
+    assert writes == [(0x18, b"\x40"), (0x24, request_), (0x18, b"\x20"), (0x18, b"\x40")]
+
+
+def test_last_byte_of_a_command_of_many_bursts_comes_after_a_look_at_expect(
+    make, port, driver, request_
+):
+    device = make.device(port, burst_count=len(request_) - 1)
+    device.power_on()
+    bench = make.bench(device, port)
+    bench.run(driver.transmit(request_))
+    fifo = [n for n, a in enumerate(bench.accesses) if a[0] == "write" and a[2] == 0x24]
+    assert [bench.accesses[n][3] for n in fifo] == [request_[:-1], request_[-1:]]
+    assert ("read", 0x18) in [(a[0], a[2]) for a in bench.accesses[fifo[0] : fifo[1]]]
+
+
+def test_command_of_a_burst_each_way_costs_seven_accesses(bench, request_):
+    driver = TisDriver(2, use_interrupts=False)
+    bench.run(driver.initialize())
+    bench.run(driver.transmit(request_))
+    bench.accesses.clear()
+    bench.run(driver.execute(request_))
+    bench.run(driver.finish(gives_way=False))
+    assert [a[0] for a in bench.accesses].count("read") == 4
+    assert len(bench.accesses) == 7
 
 
 def test_second_transmit_finds_the_chip_ready(bench, driver, request_, echo):
@@ -320,7 +337,8 @@ def is_write(offset, data):
 
 
 def test_resume_says_not_run_before_the_command_was_complete(bench, driver, request_):
-    stop_before(bench, driver.transmit(request_), is_write(0x24, request_[-1:]))
+    stop_before(bench, driver.transmit(request_), is_write(0x24, request_))
+    bench.device.write(2, 0x24, request_[:-1])
     assert bench.run(TisDriver(2).resume(request_)) is None
     assert bench.port.executed == []
 
@@ -388,7 +406,7 @@ def test_every_place_to_lose_the_driver_runs_the_command_exactly_once(make, requ
         assert response == echo(request_)
         assert len(port.executed) == 1, f"driver lost before step {place}"
         place += 1
-    assert place > 12
+    assert place > 9
 
 
 def collected(driver, request):
@@ -476,7 +494,7 @@ def bent_status(value, burst=BURST_COUNT):
     [
         (bent_status(0x00), TisFault.TIMEOUT_B),
         (bent_status(0x40), TisFault.TIMEOUT_C),
-        (bent_status(0xC0), TisFault.PROTOCOL),  # Expect falls before the last byte
+        (bent_status(0xC0, burst=7), TisFault.PROTOCOL),  # Expect falls before the last byte
         (bent_status(0xC8), TisFault.PROTOCOL),  # Expect stays after the last byte
         (bent_status(0xC8, burst=0), TisFault.TIMEOUT_D),
         (lambda offset, data: b"\xff" * len(data) if offset == 0x18 else data, TisFault.PROTOCOL),
@@ -506,7 +524,7 @@ def test_start_against_a_bent_device_fails_with_the_fault(make, port, request_, 
         (bent_status(0x40), TisFault.ABORTED),
         (bent_status(0x80), TisFault.TIMEOUT_DURATION),
         (bent_status(0x90, burst=0), TisFault.TIMEOUT_D),
-        (bent_status(0x90), TisFault.PROTOCOL),  # data left after the last byte
+        (bent_status(0x90, burst=7), TisFault.PROTOCOL),  # data left after the last byte
         (lambda offset, data: bytes(len(data)) if offset == 0x24 else data, TisFault.PROTOCOL),
         (lambda offset, data: b"\xff" * len(data) if offset == 0x24 else data, TisFault.PROTOCOL),
     ],

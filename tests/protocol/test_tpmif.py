@@ -86,6 +86,15 @@ def test_prefix_of_hot_path_equals_its_declaration(kind, sequence):
     assert len(declared) == PREFIX_BYTES
 
 
+@given(st.integers(0, 2**64 - 1), st.integers(0, 2**32 - 1), st.binary(min_size=4, max_size=4))
+def test_message_of_hot_path_equals_its_declarations(sequence, length, rest):
+    state, locality, pad, extra = rest
+    page = PageHeader(length=length, state=state, locality=locality, pad=pad, nr_extra_pages=extra)
+    declared = encode(Prefix(kind=2, sequence=sequence)) + encode(page)
+    assert declared == tpmif._MESSAGE.pack(2, sequence, length, *rest)
+    assert len(declared) == tpmif._MESSAGE_BYTES
+
+
 def test_page_image_is_the_tpmif_page_byte_for_byte():
     assert page_image(SUBMIT, 2, b"abc").hex() == "0300000001020000616263"
 
@@ -493,6 +502,20 @@ def test_backend_that_was_started_anew_is_noticed_by_who_must(may_forget, is_not
     frontend.reconnect()
     fate = connect(frontend, BackendRing(), 0, replace(KEYS, memory="another")).fate
     assert (fate is Fate.ROLLED_BACK) is is_noticed
+
+
+def test_frontend_that_does_not_ask_for_it_is_not_told_what_is_kept():
+    """Its driver knows one kind of kick."""
+    _, backend = pair()
+    keys = {"feature-protocol-v2": "1", "feature-resume": "1", "handle": "0"}
+    plain = BackendRing()
+    plain.open()
+    plain.receive(publication(XenbusState.INITIALISED, keys))
+    plain.connect(KEYS, 0)
+    plain.receive(publication(XenbusState.CONNECTED, keys))
+    for ring, kind in ((backend, Kind.KEPT), (plain, Kind.KICK)):
+        ring.receive(kick(1, page_image(PageState.SUBMIT, 0, REQUEST)))
+        assert ring.finish(RESPONSE, is_kept=True)[0] == kind
 
 
 def test_answer_that_is_kept_is_no_message_of_a_frontend():

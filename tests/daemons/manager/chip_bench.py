@@ -44,7 +44,7 @@ class EngineLink:
         self.locality = locality
         self.asked: list[bytes] = []
         self.is_gone = False
-        self.relinquished = 0
+        self.let_go_count = self.relinquished = 0
         self._response: bytes | None = None
         self._request = b""
         self.rng = CountingRng(seed + b" client")
@@ -96,6 +96,9 @@ class EngineLink:
 
     def settle(self) -> None:
         self.finish()
+
+    def let_go(self) -> None:
+        self.let_go_count += 1
 
     def relinquish(self) -> None:
         self.relinquished += 1

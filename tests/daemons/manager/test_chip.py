@@ -96,12 +96,12 @@ def test_chip_is_free_for_others_after_each_use(tmp_path: Path):
     bench = bench_on(link, tmp_path)
     with bench.chip.operation("x") as tpm:
         tpm.pcr_read(0)
-    assert link.relinquished == 1
+    assert link.let_go_count == 1
     bench.chip.exchange(bytes(10))
-    assert link.relinquished == 2
+    assert link.let_go_count == 2
     with pytest.raises(ChipRefusal), bench.chip.operation("x") as tpm:
         tpm.pcr_read(24)
-    assert link.relinquished == 3
+    assert link.let_go_count == 3
 
 
 # -- other users' handles --------------------------------------------------------------------------
@@ -312,12 +312,12 @@ def test_command_that_must_not_run_twice_is_remembered_while_the_chip_knows_it(t
     link = owned_link()
     bench = bench_on(link, tmp_path)
     link.execute(EXTEND)  # of an earlier process, and not finished
-    steps, asked, given_up = StepsAtTheChip(link), len(link.asked), link.relinquished
+    steps, asked, given_up = StepsAtTheChip(link), len(link.asked), link.let_go_count
     response = bench.chip.run_once(EXTEND, steps)
     assert response[:10] == bytes.fromhex("00c40000001e00000000")
     assert steps.seen == [("begun", asked, False), ("answered", asked + 1, True)]
     assert link._response is None
-    assert link.relinquished == given_up + 1
+    assert link.let_go_count == given_up + 1
 
 
 def test_next_manager_is_told_what_became_of_a_command(tmp_path: Path):
