@@ -18,6 +18,8 @@ from typing import Any, Final, Protocol
 
 from daemons.errors import ExitCode, Failure
 from daemons.manager.handle_journal import HandleJournal, Handles, Leftovers
+from daemons.tis_link import ChipFault
+from hwtpm.tis_driver import TisFault
 from protocol.constants import CapabilityArea, CapabilityProperty, Ordinal, ResourceType
 from protocol.return_codes import ReturnCode, TpmError
 from protocol.structures import CapVersionInfo
@@ -27,6 +29,8 @@ from tpm12.client_core import BadResponseError, ClientSession, Use
 from tpm12.ports import Rng
 
 Progress = Callable[[str], None]
+SEIZURES_MAX: Final = 10
+"""How often one command is begun anew because another locality seized the TPM."""
 
 
 class ChipLink(Protocol):
@@ -191,12 +195,17 @@ class Chip:
             Failure: See `operation`.
         """
         with self.operation(doing) as tpm:
-            try:
-                return self._under_session(tpm, ordinal, secret, operands)
-            except TpmError as error:
-                # Somebody flushed it, or it ended with a power cycle.
-                if error.code != ReturnCode.INVALID_AUTHHANDLE:
-                    raise
+            for _ in range(SEIZURES_MAX):
+                try:
+                    return self._under_session(tpm, ordinal, secret, operands)
+                except ChipFault as fault:
+                    # Another locality took the TPM; whether the command ran does not matter.
+                    if fault.fault is not TisFault.SEIZED:
+                        raise
+                except TpmError as error:
+                    # Somebody flushed it, or it ended with a power cycle.
+                    if error.code != ReturnCode.INVALID_AUTHHANDLE:
+                        raise
             return self._under_session(tpm, ordinal, secret, operands)
 
     def _under_session(
