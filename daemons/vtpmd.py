@@ -12,18 +12,16 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Final, TypeVar
 
 import structlog
 import trio
 
 from daemons import logs, policy, settings
-from daemons.disk import Disk
 from daemons.domain_options import DomainOptions, parse_domain_options
 from daemons.durable_tpm import DurableTpm
 from daemons.errors import ExitCode, Failure
-from daemons.faults.hooks import hooks_of
+from daemons.faults.hooks import Hooks, hooks_of
 from daemons.journal import missing
 from daemons.listeners import Kind, PeerCredentials, activated_or_listen
 from daemons.places import Places
@@ -98,9 +96,7 @@ async def _run(options: DomainOptions) -> None:
     with ring:
         await _in_thread(partial(ring.connect, MANAGER_WAIT_S))
         manager = ManagerLink(ring.exchange)
-        open_tpm = partial(
-            _open_tpm, places, config, own, manager, notifier, open_disk=hooks.open_disk
-        )
+        open_tpm = partial(_open_tpm, places, config, own, manager, notifier, hooks=hooks)
         tpm = await _in_thread(partial(open_tpm, must_go_on=options.must_go_on))
         if tpm.notes.get(_STARTED) != b"1":
             await _in_thread(partial(_start, tpm, arguments, manager, is_first=True))
@@ -138,7 +134,7 @@ def _open_tpm(  # noqa: PLR0913 - one caller
     manager: ManagerLink,
     notifier: Notifier,
     *,
-    open_disk: Callable[[Path], Disk],
+    hooks: Hooks,
     must_go_on: bool,
 ) -> DurableTpm:
     """Open the image and start the TPM in it, or make a new one."""
@@ -151,12 +147,19 @@ def _open_tpm(  # noqa: PLR0913 - one caller
             exit_code=ExitCode.CONFIGURATION,
         )
     notifier.status("opening the image")
-    image = VtpmImage(open_disk(places.images(disk.target)), own.vtpms[0].uuid, manager)
+    image = VtpmImage(hooks.open_disk(places.images(disk.target)), own.vtpms[0].uuid, manager)
     memory = VolatileMemory(places.domain(own.name).journal, own.name)
     arguments = config.arguments
     has_maintenance = isinstance(arguments, VtpmArguments) and arguments.has_maintenance_commands
     commands = command_set(has_maintenance_commands=has_maintenance)
-    tpm = DurableTpm(image, profile=VTPM, commands=commands, memory=memory, is_nv_locked=True)
+    tpm = DurableTpm(
+        image,
+        profile=VTPM,
+        commands=commands,
+        clock=hooks.clock(),
+        memory=memory,
+        is_nv_locked=True,
+    )
     if tpm.is_resumed:
         structlog.get_logger().info("went on where a killed process was")
     elif must_go_on:
