@@ -36,6 +36,9 @@ class Platform:
 
     Args:
         root: An empty directory.
+
+    Attributes:
+        has_area: The vTPM that is kept has an NV area for the sweep's own program.
     """
 
     def __init__(self, root: Path) -> None:
@@ -44,6 +47,7 @@ class Platform:
         self._images = self.places.images("/images")
         self._blank = root / "blank"
         self._used = root / "used"
+        self.has_area = False
 
     def make(self, step: Step) -> None:
         """Make images, start everything once, stop it, and keep what is stored."""

@@ -202,16 +202,18 @@ def parse_plan(content: bytes, name: str) -> FaultPlan:
 
 def _fault(table: Table, number: int) -> Fault:
     called = f"[[fault]] number {number}"
-    where = _place(table.take_text("where"), called)
+    where = _place(table.take_text("where"), f"{called}{table.line_of('where')}")
     kind = Kind(where.kind)
     possible = tuple(what.value for what in POSSIBLE[kind])
     word = table.take_text("what")
     if word not in possible:
         raise TomlError(
-            f"what = {word[:40]!a} in {called} is not possible at a {kind.value}: "
+            f"what = {word[:40]!a} in {called}{table.line_of('what')} is not possible at a "
+            f"{kind.value}: "
             f"{', '.join(possible)}"
         )
     what = What(word)
+    called += table.line_of("what")
     how = _how(table, what, called)
     when = _timed(table, called) if kind is Kind.PROCESS else _counted_or_timed(table, called)
     table.finish()

@@ -37,7 +37,7 @@ from tpm12.client import TpmClient
 HERE = Path(__file__).parent
 PLANS = PROJECT / "examples" / "faults"
 POINTS = os.environ.get("SWEEP_POINTS", "12")
-START_POINTS = os.environ.get("SWEEP_START_POINTS", "2")
+START_POINTS = os.environ.get("SWEEP_START_POINTS", "1")
 """For each phase; a point takes some seconds."""
 RUN_S = 5
 CHAIN = (MANAGER, VTPM1, GUEST1)

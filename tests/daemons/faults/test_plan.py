@@ -129,6 +129,21 @@ def test_the_line_is_that_of_the_table_that_is_wrong():
 
 
 @pytest.mark.parametrize(
+    ("second", "line"),
+    [
+        (KILL.replace("process", "place"), 7),
+        (KILL.replace("kill", "drop"), 8),
+        (KILL.replace("kill", "stop"), 8),
+        (KILL.replace("at_s = 1", ""), 8),
+    ],
+    ids=["where", "what", "no for_s", "no time"],
+)
+def test_whatever_is_wrong_has_a_line(second, line):
+    with pytest.raises(PlanError, match=rf"number 2 \(line {line}\)"):
+        parse_plan(f"seed = 1\n{KILL}{second}".encode(), "plan")
+
+
+@pytest.mark.parametrize(
     "path", sorted((ROOT / "examples/faults").glob("*.toml")), ids=lambda path: path.name
 )
 def test_examples_are_plans(path):
