@@ -39,6 +39,8 @@ PLANS = PROJECT / "examples" / "faults"
 POINTS = os.environ.get("SWEEP_POINTS", "12")
 START_POINTS = os.environ.get("SWEEP_START_POINTS", "1")
 """For each phase; a point takes some seconds."""
+SWEEP_S = 400.0
+"""For one sweep on a machine that has other things to do; alone it takes a tenth of that."""
 RUN_S = 5
 CHAIN = (MANAGER, VTPM1, GUEST1)
 
@@ -48,7 +50,9 @@ pytestmark = pytest.mark.slow
 def sweep(stack, program, *options, status):
     """Sweep one of the programs here; what the command says in JSON."""
     said = stack.vtpm(
-        "crashsweep", "--json", *options, "--", sys.executable, HERE / program, status=status
+        *("crashsweep", "--json", *options, "--", sys.executable, HERE / program),
+        status=status,
+        patience_s=SWEEP_S,
     )
     return json.loads(said.out), said
 
@@ -76,6 +80,7 @@ def test_a_platform_comes_up_though_a_daemon_is_killed_at_a_point(stack, phase, 
     said = stack.vtpm(
         *("crashsweep", "--json", "--phase", phase, "--limit", START_POINTS, "--seed", str(seed)),
         status=None,
+        patience_s=SWEEP_S,
     )
     told = json.loads(said.out)
     assert told["phase"] == phase
