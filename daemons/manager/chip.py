@@ -278,7 +278,7 @@ class Chip:
         """
         self._progress("looking at the hardware TPM")
         # First of all: any other command would wipe out a response that still waits in the chip.
-        left, fresh = self._journal.take_over(self._link.resume, self._link.finish)
+        left, fresh = self._journal.take_over(self._resume, self._link.finish)
         self._link.learn_timing()
         version = self._read_version()
         with self.operation("start the hardware TPM") as tpm:
@@ -324,6 +324,19 @@ class Chip:
                 # Somebody else was quicker; what counts is whether our SRK secret is right.
                 if error.code != ReturnCode.OWNER_SET:
                     raise
+
+    def _resume(self, request: bytes) -> bytes:
+        """What an earlier manager's command was answered; nothing if it was seized.
+
+        Whether that command opened anything is not known then, and nobody will ever know: to insist
+        would keep the manager from starting for ever.
+        """
+        try:
+            return self._link.resume(request)
+        except ChipFault as fault:
+            if fault.fault is not TisFault.SEIZED:
+                raise
+            return b""
 
     # -- handles
 

@@ -154,6 +154,26 @@ def test_manager_killed_before_it_saw_the_answer_leaves_nothing(tmp_path: Path):
     assert link.sessions() == ()
 
 
+def test_manager_starts_though_the_command_of_the_one_before_it_was_seized(tmp_path: Path):
+    link = owned_link()
+    bench = bench_on(link, tmp_path)
+    bench.chip.start()
+
+    def seized(_request: bytes) -> bytes:
+        raise ChipFault("run", TisError(TisFault.SEIZED, 2, "on purpose"))
+
+    link.execute = seized
+    with pytest.raises(ChipFault):
+        _killed_with_sessions(bench.chip)
+    del link.execute
+    assert bench.journal.exists(), "an outstanding command is written down"
+    link.resume = seized  # as long as nobody has asked for the locality again
+    bench.another().chip.start()
+    del link.resume
+    bench.another().chip.start()
+    assert link.sessions() == ()
+
+
 def test_handles_of_before_a_power_cycle_are_not_flushed_in_the_next(tmp_path: Path):
     link = owned_link()
     bench = bench_on(link, tmp_path)
