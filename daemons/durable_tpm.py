@@ -23,7 +23,7 @@ from daemons import logs
 from daemons.errors import Failure
 from daemons.journal import KEY_BYTES
 from daemons.volatile_memory import NO_NOTES, Notes, VolatileMemory
-from daemons.world import SystemClock, SystemRng
+from daemons.world import SteadyClock, SystemClock, SystemRng
 from protocol.constants import (
     DIGEST_BYTES,
     HEADER_BYTES,
@@ -40,7 +40,7 @@ from protocol.wire import encode
 from tpm12.crypto import RsaKeyGenerator
 from tpm12.dispatch import Command
 from tpm12.engine import Engine, Outcome, error_response
-from tpm12.ports import KeyGenerator, StirrableRng
+from tpm12.ports import Clock, KeyGenerator, StirrableRng
 from tpm12.profile import Profile
 from tpm12.state import Permanent, State, factory_state
 
@@ -93,6 +93,7 @@ class DurableTpm:
         profile: Maker, limits and times.
         commands: The declared commands.
         rng: Randomness; the system's when None.
+        clock: The time; the system's when None. It may step back, the TPM's does not.
         key_generator: Where RSA keys come from; OpenSSL, and `rng` for what it has not, when None.
         memory: What outlives a killed process; None: nothing does.
         is_nv_locked: A new one leaves the factory with nvLocked set. As long as it is not, nobody
@@ -113,6 +114,7 @@ class DurableTpm:
         profile: Profile,
         commands: Iterable[Command],
         rng: StirrableRng | None = None,
+        clock: Clock | None = None,
         key_generator: KeyGenerator | None = None,
         memory: VolatileMemory | None = None,
         is_nv_locked: bool = False,
@@ -131,7 +133,7 @@ class DurableTpm:
         self._engine = Engine(
             state,
             rng=rng,
-            clock=SystemClock(),
+            clock=SteadyClock(clock or SystemClock(), _latest_us(state)),
             key_generator=key_generator or RsaKeyGenerator(rng),
             profile=profile,
             commands=commands,
@@ -320,6 +322,11 @@ class DurableTpm:
             memory.stored(outcome.state, notes)
         self._engine.keep(outcome)
         return True
+
+
+def _latest_us(state: State) -> int:
+    """The latest moment that a state knows of."""
+    return max(state.stany.tick_start_us, state.stclear.last_failure_us)
 
 
 def _log_unsaved(failure: Failure) -> None:

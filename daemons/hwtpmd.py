@@ -164,7 +164,14 @@ async def _run(options: Options) -> None:
     make_chip_memory(places.chip_memory)
     memory = ChipMemory(hooks.open_disk(places.chip_memory))
     volatile = VolatileMemory(places.domain(CHIP_NAME).journal, CHIP_NAME)
-    tpm = DurableTpm(memory, profile=CHIP, commands=ALL, memory=volatile, is_nv_locked=True)
+    tpm = DurableTpm(
+        memory,
+        profile=CHIP,
+        commands=ALL,
+        clock=hooks.clock(),
+        memory=volatile,
+        is_nv_locked=True,
+    )
     if options.must_go_on and not tpm.is_resumed:
         raise missing(places.domain(CHIP_NAME).journal)
     if tpm.is_new:
@@ -175,6 +182,8 @@ async def _run(options: Options) -> None:
     server = TisServer(
         chip, admit, memory=Registers(tpm), settings=chosen.tis, wrap_socket=hooks.tis_socket
     )
+    if hooks.attach_chip is not None:
+        hooks.attach_chip(server)
     if tpm.is_resumed:
         structlog.get_logger().info("went on where a killed process was")
         await trio.to_thread.run_sync(server.run_recalled_command)

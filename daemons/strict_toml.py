@@ -112,9 +112,17 @@ class Table:
         """
         for key in self._left:
             known = ", ".join(self._known)
-            raise TomlError(
-                f"{self._where} has an unknown key {key!a}{self._line_of(key)}: {known}"
-            )
+            raise TomlError(f"{self._where} has an unknown key {key!a}{self.line_of(key)}: {known}")
+
+    def line_of(self, key: str) -> str:
+        """Say where a key first stands, as " (line 9)"; nothing where it is not found.
+
+        tomllib gives no positions of keys.
+        """
+        first = re.search(
+            rf"^[ \t\[]*[\"']?{re.escape(key)}[\"']?[ \t]*[=.\]]", self._text, re.MULTILINE
+        )
+        return f" (line {self._text.count(chr(10), 0, first.start()) + 1})" if first else ""
 
     def _take(self, key: str, default: object) -> object:
         self._known.append(key)
@@ -126,7 +134,7 @@ class Table:
         return found
 
     def _wrong(self, key: str, reason: str) -> TomlError:
-        return TomlError(f"{key} in {self._where}{self._line_of(key)} {reason}")
+        return TomlError(f"{key} in {self._where}{self.line_of(key)} {reason}")
 
     def _section(self, key: str, number: int) -> str:
         """Give the text of one table of an array, at its lines; of the whole file if not found."""
@@ -136,10 +144,3 @@ class Table:
         begin = headers[number - 1].end()
         end = headers[number].start() if number < len(headers) else len(self._text)
         return "\n" * self._text.count("\n", 0, begin) + self._text[begin:end]
-
-    def _line_of(self, key: str) -> str:
-        """Say where a key first stands; tomllib gives no positions of keys."""
-        first = re.search(
-            rf"^[ \t\[]*[\"']?{re.escape(key)}[\"']?[ \t]*[=.\]]", self._text, re.MULTILINE
-        )
-        return f" (line {self._text.count(chr(10), 0, first.start()) + 1})" if first else ""

@@ -3,6 +3,9 @@
 - One operation at a time; other threads wait for it.
 - A connection that is lost with a command outstanding is made again, and the chip is asked what
   became of the command: its response is fetched, or it is sent again, but it never runs twice.
+- A chip that is busy for longer than the TIS lets it, and another locality that has taken or seized
+  the TPM, are waited for. Only a command that was running when it was seized is in doubt: it is
+  sent again if that does no harm (`may_run_twice`), and else its caller is told.
 - Whatever goes wrong is a `Failure` that says what, why and what to do.
 
 Leaves to others: the register accesses themselves (`hwtpm/tis_driver.py`), what commands mean.
@@ -16,6 +19,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, Self, TypeVar
 
@@ -33,6 +37,7 @@ from hwtpm.tis_driver import (
     TisFault,
     WaitInterrupt,
 )
+from protocol.constants import Ordinal, Tag
 from protocol.tis_messages import (
     MESSAGE_BYTES_MAX,
     VERSION,
@@ -67,6 +72,8 @@ FAREWELL_S: Final = 1.0
 ANSWER_TIMEOUT_S: Final = 30.0
 """How long the chip may leave a register read unanswered, beyond the duration of a command: the
 chip's process may be stopped or starved, which is no fault of the TPM."""
+BUSY_TIMEOUT_S: Final = 30.0
+"""How long the chip may be busy, or another locality's, beyond the time-outs of the TIS."""
 
 
 class ChipMissing(Failure):
@@ -135,8 +142,97 @@ _FAULT_NEXT_STEPS: Final = {
 }
 
 
+_BUSY: Final = frozenset(
+    {
+        TisFault.TIMEOUT_A,
+        TisFault.TIMEOUT_B,
+        TisFault.TIMEOUT_C,
+        TisFault.TIMEOUT_D,
+        TisFault.TIMEOUT_DURATION,
+    }
+)
+"""Faults that pass: the chip, or the locality that has it, needs more time."""
+_REPEATABLE: Final = frozenset(
+    {
+        Ordinal.CONTINUE_SELF_TEST,
+        Ordinal.GET_CAPABILITY,
+        Ordinal.GET_RANDOM,
+        Ordinal.GET_TEST_RESULT,
+        Ordinal.GET_TICKS,
+        Ordinal.NV_READ_VALUE,
+        Ordinal.PCR_READ,
+        Ordinal.READ_PUBEK,
+        Ordinal.READ_COUNTER,
+        Ordinal.SELF_TEST_FULL,
+    }
+)
+_NOT_OURS: Final = frozenset({TisFault.SEIZED, TisFault.ABSENT, TisFault.TOO_LONG})
+"""Faults after which there is no command of ours in the chip."""
+
+
+def may_run_twice(request: bytes) -> bool:
+    """Tell whether a command does no harm when it is run again, its first response lost.
+
+    Those with authorization do: the nonces of their session have moved on.
+    """
+    tag, ordinal = int.from_bytes(request[:2], "big"), int.from_bytes(request[6:10], "big")
+    return tag == Tag.RQU_COMMAND and ordinal in _REPEATABLE
+
+
 class _LostError(Exception):
     """The connection ended under an operation."""
+
+
+class _Command:
+    """A command on its way.
+
+    Args:
+        request: Its bytes.
+        is_outstanding: It may be in the chip, which is to be asked first.
+
+    Attributes:
+        has_gone: It was started, as far as this process knows.
+    """
+
+    def __init__(self, request: bytes, *, is_outstanding: bool) -> None:
+        self.request = request
+        self.is_outstanding = is_outstanding
+        self.has_gone = is_outstanding
+
+    def may_go_on(self, fault: TisFault) -> bool:
+        """Tell whether to try again after a fault; if so, how is noted."""
+        if fault in _BUSY:
+            self.is_outstanding = self.has_gone  # what was started goes on, and is asked for again
+            return True
+        if fault is not TisFault.SEIZED:
+            return False
+        self.is_outstanding = False
+        return not self.has_gone or may_run_twice(self.request)
+
+
+class _Patience:
+    """How long something that passes is waited for, from the first time that it is seen.
+
+    Args:
+        limit_s: In seconds, of the machine's clock, whatever the driver's says.
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._deadline_s: float | None = None
+
+    @property
+    def has_more(self) -> bool:
+        """Whether it may still be waited for."""
+        return self.left_s > 0.0
+
+    @property
+    def left_s(self) -> float:
+        """For how long it may still be waited for; counted from the first time this is asked."""
+        now_s = time.monotonic()
+        if self._deadline_s is None:
+            self._deadline_s = now_s + self._limit_s
+        return self._deadline_s - now_s
 
 
 class _OddAnswerError(Exception):
@@ -159,11 +255,13 @@ class TisLink:
         connect_timeout_s: How long to wait for the socket to be there, in seconds.
         reconnect_timeout_s: How long to wait for a lost chip to come back, in seconds.
         answer_timeout_s: How long a register read may stay unanswered, in seconds.
+        busy_timeout_s: How long the chip may be busy, or another locality's, in seconds.
         timing: The waits of the driver before `learn_timing`.
+        monotonic_s: The clock of the driver's waits.
         use_interrupts: Wait for interrupts; False: poll.
     """
 
-    def __init__(  # noqa: PLR0913 - two and five named ones with defaults
+    def __init__(  # noqa: PLR0913 - two and seven named ones with defaults
         self,
         path: Path,
         locality: int,
@@ -171,6 +269,8 @@ class TisLink:
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
         reconnect_timeout_s: float = RECONNECT_TIMEOUT_S,
         answer_timeout_s: float = ANSWER_TIMEOUT_S,
+        busy_timeout_s: float = BUSY_TIMEOUT_S,
+        monotonic_s: Callable[[], float] = time.monotonic,
         timing: Timing | None = None,
         use_interrupts: bool = True,
     ) -> None:
@@ -178,6 +278,8 @@ class TisLink:
         self._connect_timeout_s = connect_timeout_s
         self._reconnect_timeout_s = reconnect_timeout_s
         self._answer_timeout_s = answer_timeout_s
+        self._busy_timeout_s = busy_timeout_s
+        self._monotonic_s = monotonic_s
         self._driver = TisDriver(locality, timing=timing, use_interrupts=use_interrupts)
         self._turn = threading.Lock()
         self._wire: _Wire | None = None
@@ -259,7 +361,9 @@ class TisLink:
         """
         with self._turn, self._told("learn what became of a command on"):
             duration_s = self._driver.timing.duration_s(request)
-            return self._persist(lambda wire: wire.run(self._driver.resume(request)), duration_s)
+            return self._persist(
+                lambda wire: wire.run(self._driver.resume(request)), duration_s=duration_s
+            )
 
     def settle(self) -> None:
         """Make sure that no response of an earlier command waits in the chip."""
@@ -299,21 +403,27 @@ class TisLink:
     def identify(self) -> ChipIdentity:
         """Take the locality and read what chip this is."""
         with self._turn, self._told("identify"):
-            return self._initialized(self._connected(self._connect_timeout_s))
+            return self._patiently(self._initialized)
 
     def learn_timing(self) -> Timing:
         """Ask the started TPM for its timeouts and durations, and use them."""
-        with self._turn, self._told("learn the timing of"):
-            wire = self._connected(self._connect_timeout_s)
+
+        def learn(wire: _Wire) -> Timing:
             self._initialized(wire)
             return wire.run(self._driver.learn_timing())
+
+        with self._turn, self._told("learn the timing of"):
+            return self._patiently(learn)
 
     def hash_sequence(self, data: bytes) -> None:
         """Run the dynamic-launch sequence of locality 4 over `data`; its page must be granted."""
         with self._turn, self._told("run the hash sequence on"):
             wire = self._connected(self._connect_timeout_s)
             wire.check_granted(HASH_LOCALITY)
-            wire.run(TisDriver(HASH_LOCALITY, use_interrupts=False).hash_sequence(data))
+            # It cannot be begun again, so its own wait for a busy chip is the longer one.
+            timing = replace(self._driver.timing, d_s=self._busy_timeout_s)
+            driver = TisDriver(HASH_LOCALITY, timing=timing, use_interrupts=False)
+            wire.run(driver.hash_sequence(data))
 
     def relinquish(self) -> None:
         """Give the locality up: another one is granted, and a hash sequence accepted, only then."""
@@ -344,36 +454,77 @@ class TisLink:
     # -- with the turn held
 
     def _execute(self, request: bytes, *, is_outstanding: bool) -> bytes:
-        def execute(wire: _Wire) -> bytes:
-            nonlocal is_outstanding
-            if is_outstanding:
-                # Before anything else is done to the registers: they know what happened.
-                response = wire.run(self._driver.resume(request))
-                if response is not None:
-                    return response
-            elif self._is_unfinished:
-                self._finish_over(wire)
-            self._initialized(wire)
-            is_outstanding = self._is_unfinished = True
-            return wire.run(self._driver.execute(request))
+        command = _Command(request, is_outstanding=is_outstanding)
+        duration_s = self._driver.timing.duration_s(request)
+        try:
+            return self._persist(
+                lambda wire: self._attempt(wire, command), command.may_go_on, duration_s
+            )
+        except TisError as error:
+            self._abort(error)
+            raise
 
-        return self._persist(execute, self._driver.timing.duration_s(request))
+    def _persist(
+        self,
+        work: Callable[[_Wire], T],
+        may_go_on: Callable[[TisFault], bool] = _BUSY.__contains__,
+        duration_s: float = 0.0,
+    ) -> T:
+        """Do something with the chip over the loss of connections, and over what passes.
 
-    def _persist(self, work: Callable[[_Wire], T], duration_s: float = 0.0) -> T:
-        """Do something with the chip that takes so long, over the loss of connections."""
+        Args:
+            work: Done again from its beginning.
+            may_go_on: Whether to do it again after a fault.
+            duration_s: How long the chip may take for it.
+        """
         connect_timeout_s = self._connect_timeout_s
-        deadline_s: float | None = None
+        lost, busy = _Patience(self._reconnect_timeout_s), _Patience(self._busy_timeout_s)
         while True:
             try:
                 return work(self._connected(connect_timeout_s, duration_s))
             except _LostError:
-                now_s = time.monotonic()
-                if deadline_s is None:
-                    deadline_s = now_s + self._reconnect_timeout_s
-                if now_s >= deadline_s or self._is_closing:
+                if not lost.has_more or self._is_closing:
                     raise
-                connect_timeout_s = deadline_s - now_s
+                connect_timeout_s = lost.left_s
                 time.sleep(CONNECT_RETRY_S)
+            except TisError as error:
+                if not may_go_on(error.fault) or self._is_closing or not busy.has_more:
+                    raise
+                if error.fault is TisFault.SEIZED:
+                    self._identity = None
+
+    def _attempt(self, wire: _Wire, command: _Command) -> bytes:
+        command.has_gone = command.is_outstanding
+        if command.is_outstanding:
+            # Before anything else is done to the registers: they know what happened.
+            response = wire.run(self._driver.resume(command.request))
+            if response is not None:
+                return response
+            command.has_gone = False
+        elif self._is_unfinished:
+            self._finish_over(wire)
+        self._initialized(wire)
+        command.is_outstanding = self._is_unfinished = True
+        wire.run(self._driver.start(command.request))
+        command.has_gone = True
+        return wire.run(self._driver.collect(command.request))
+
+    def _abort(self, error: TisError) -> None:
+        """Let the chip forget a command that failed, where it can be told."""
+        if error.fault not in _NOT_OURS and self._wire is not None and self._wire.is_usable:
+            with contextlib.suppress(_LostError):
+                self._wire.run(self._driver.abort())
+
+    def _patiently(self, work: Callable[[_Wire], T]) -> T:
+        """Do what does no harm when it is done again, as often as a busy chip needs it."""
+        busy = _Patience(self._busy_timeout_s)
+        while True:
+            try:
+                return work(self._connected(self._connect_timeout_s))
+            except TisError as error:
+                passes = error.fault in _BUSY or error.fault is TisFault.SEIZED
+                if not passes or self._is_closing or not busy.has_more:
+                    raise
 
     def _finish(self) -> None:
         # With the connection lost there is nothing to do here: the next command begins with it.
@@ -392,7 +543,7 @@ class TisLink:
         if self._wire is not None and not self._wire.is_usable:
             self._drop()
         if self._wire is None:
-            self._wire = _Wire(self._path, self._answer_timeout_s, timeout_s)
+            self._wire = _Wire(self._path, self._answer_timeout_s, timeout_s, self._monotonic_s)
         try:
             self._wire.check_granted(self._driver.locality)
         except ChipRefused:
@@ -448,8 +599,15 @@ class _Wire:
     After any exception but `TisError` it is not usable: an answer may still be on its way.
     """
 
-    def __init__(self, path: Path, answer_timeout_s: float, connect_timeout_s: float) -> None:
+    def __init__(
+        self,
+        path: Path,
+        answer_timeout_s: float,
+        connect_timeout_s: float,
+        monotonic_s: Callable[[], float],
+    ) -> None:
         self.is_usable = True
+        self._monotonic_s = monotonic_s
         self._has_interrupt = False
         self._limit_s = 0.0
         self._socket = _connect(path, connect_timeout_s)
@@ -529,7 +687,7 @@ class _Wire:
             self._wait_interrupt(step.limit_s)
         elif step.interval_s > 0.0:
             time.sleep(step.interval_s)
-        return time.monotonic()
+        return self._monotonic_s()
 
     def _wait_interrupt(self, limit_s: float) -> None:
         if not self._has_interrupt and select.select([self._socket], [], [], limit_s)[0]:

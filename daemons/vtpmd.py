@@ -12,18 +12,16 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Final, TypeVar
 
 import structlog
 import trio
 
 from daemons import logs, policy, settings
-from daemons.disk import Disk
 from daemons.domain_options import DomainOptions, parse_domain_options
 from daemons.durable_tpm import DurableTpm
 from daemons.errors import ExitCode, Failure
-from daemons.faults.hooks import hooks_of
+from daemons.faults.hooks import Hooks, hooks_of
 from daemons.journal import missing
 from daemons.listeners import Kind, PeerCredentials, activated_or_listen
 from daemons.places import Places
@@ -99,9 +97,7 @@ async def _run(options: DomainOptions) -> None:
     with ring:
         await _in_thread(partial(ring.connect, MANAGER_WAIT_S))
         manager = ManagerLink(ring)
-        open_tpm = partial(
-            _open_tpm, places, config, own, manager, notifier, open_disk=hooks.open_disk
-        )
+        open_tpm = partial(_open_tpm, places, config, own, manager, notifier, hooks=hooks)
         tpm = await _in_thread(partial(open_tpm, must_go_on=options.must_go_on))
         await _in_thread(partial(finish_passing_on, tpm, manager))
         if tpm.notes.get(_STARTED) != b"1":
@@ -140,7 +136,7 @@ def _open_tpm(  # noqa: PLR0913 - one caller
     manager: ManagerLink,
     notifier: Notifier,
     *,
-    open_disk: Callable[[Path], Disk],
+    hooks: Hooks,
     must_go_on: bool,
 ) -> DurableTpm:
     """Open the image and start the TPM in it, or make a new one."""
@@ -153,12 +149,19 @@ def _open_tpm(  # noqa: PLR0913 - one caller
             exit_code=ExitCode.CONFIGURATION,
         )
     notifier.status("opening the image")
-    image = VtpmImage(open_disk(places.images(disk.target)), own.vtpms[0].uuid, manager)
+    image = VtpmImage(hooks.open_disk(places.images(disk.target)), own.vtpms[0].uuid, manager)
     memory = VolatileMemory(places.domain(own.name).journal, own.name)
     arguments = config.arguments
     has_maintenance = isinstance(arguments, VtpmArguments) and arguments.has_maintenance_commands
     commands = command_set(has_maintenance_commands=has_maintenance)
-    tpm = DurableTpm(image, profile=VTPM, commands=commands, memory=memory, is_nv_locked=True)
+    tpm = DurableTpm(
+        image,
+        profile=VTPM,
+        commands=commands,
+        clock=hooks.clock(),
+        memory=memory,
+        is_nv_locked=True,
+    )
     if tpm.is_resumed:
         structlog.get_logger().info("went on where a killed process was")
     elif must_go_on:

@@ -25,7 +25,7 @@ from daemons import logs, policy, settings
 from daemons.disk import Disk
 from daemons.domain_options import DomainOptions, parse_domain_options
 from daemons.errors import ExitCode, Failure
-from daemons.faults.hooks import hooks_of
+from daemons.faults.hooks import Hooks, hooks_of
 from daemons.listeners import Kind, activated_or_listen
 from daemons.manager import sealing
 from daemons.manager.admission import Admission, Client, label_patterns
@@ -140,7 +140,7 @@ async def run(options: DomainOptions) -> None:
     secrets = ChipSecrets(owner_auth=setup.arguments.owner_auth, srk_auth=setup.arguments.srk_auth)
     with (
         contextlib.closing(hooks.open_disk(setup.image)) as disk,
-        _link(places, setup.arguments) as link,
+        _link(places, setup.arguments, hooks) as link,
     ):
         rng = SystemRng()
         chip = Chip(link, secrets, HandleJournal(own.journal), notifier.status, rng)
@@ -253,10 +253,15 @@ def _nv_index(text: str) -> int:
         ) from None
 
 
-def _link(places: Places, arguments: ManagerArguments) -> TisLink:
+def _link(places: Places, arguments: ManagerArguments, hooks: Hooks) -> TisLink:
     # tpmirq=0, the default, polls as in Xen; with a number or "probe" the chip's interrupts are
     # taken as they come.
-    return TisLink(places.tis_socket, arguments.tpm_locality, use_interrupts=arguments.tpm_irq != 0)
+    return TisLink(
+        places.tis_socket,
+        arguments.tpm_locality,
+        monotonic_s=hooks.monotonic_s,
+        use_interrupts=arguments.tpm_irq != 0,
+    )
 
 
 async def _with_link(link: TisLink, work: Callable[[], T]) -> T:

@@ -1,4 +1,4 @@
-"""The system's own randomness and clock, for an engine."""
+"""Randomness and clocks for an engine: the system's own, and what makes them fit."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 import time
 from pathlib import Path
 from typing import Final
+
+from tpm12.ports import Clock
 
 _NONCE_BYTES: Final = 20
 _NONCES_DRAWN: Final = 32
@@ -58,6 +60,34 @@ class SystemClock:
     def now_us(self) -> int:
         """Give microseconds since some fixed moment."""
         return time.monotonic_ns() // 1000
+
+
+class SteadyClock:
+    """A clock that never steps back, whatever the one below does.
+
+    A tick counter that stepped back would give a tick stamp twice, and a lockout would begin anew.
+    Where the clock below steps back, time goes on from where it was.
+
+    Args:
+        clock: The one below.
+        least_us: What has been shown before, by an earlier process for instance.
+    """
+
+    __slots__ = ("_clock", "_last_us", "_offset_us")
+
+    def __init__(self, clock: Clock, least_us: int = 0) -> None:
+        self._clock = clock
+        self._last_us = least_us
+        self._offset_us = 0
+
+    def now_us(self) -> int:
+        """Give microseconds since some fixed moment."""
+        now_us = self._clock.now_us() + self._offset_us
+        if now_us < self._last_us:
+            self._offset_us += self._last_us - now_us
+            return self._last_us
+        self._last_us = now_us
+        return now_us
 
 
 class SeededRng:

@@ -320,8 +320,12 @@ class TisDriver:
             return (yield from self.collect(request))
         except TisError as error:
             if error.fault not in {TisFault.SEIZED, TisFault.ABSENT, TisFault.TOO_LONG}:
-                yield from self._write(Register.STS, Status.COMMAND_READY)
+                yield from self.abort()
             raise
+
+    def abort(self) -> Steps[None]:
+        """Let the chip forget the command, wherever it is with it."""
+        yield from self._write(Register.STS, Status.COMMAND_READY)
 
     def start(self, request: bytes) -> Steps[None]:
         """Write a command into the FIFO and say go.

@@ -98,6 +98,7 @@ app.command("simulator")(simulator.as_typer_command())
 app.command()(demo.demo)
 app.command()(crashsweep.crashsweep)
 fault_app.command("run")(fault.run)
+fault_app.command("check")(fault.check)
 app.add_typer(fault_app, name="fault", help="Faults on purpose.")
 tpm_app.callback()(tpm.select)
 for _command in tpm.COMMANDS:

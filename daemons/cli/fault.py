@@ -1,19 +1,29 @@
-"""Faults on purpose: a plan applied to the stack that runs."""
+"""Faults on purpose: plans, applied to a stack that runs or starts."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from daemons.cli.options import Json, Root, ask, places_of
-from daemons.cli.output import print_json, print_line, progress
+from daemons.cli.output import print_json, print_line, print_rows, progress
 from daemons.errors import ExitCode, Failure
+
+if TYPE_CHECKING:
+    from daemons.cli.stack import DomainFile
+    from daemons.faults.plan import Fault, FaultPlan
+    from daemons.faults.run import FaultRun, Injected
+    from daemons.places import Places
+
+Plan = Annotated[Path, typer.Argument(metavar="PLAN", help="A fault plan, in TOML.")]
+Step = Callable[[str], None]
 
 
 def run(
-    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A fault plan, in TOML.")],
+    plan: Plan,
     for_s: Annotated[
         float | None,
         typer.Option("--for", metavar="SECONDS", min=0.1, help="How long; else as the plan says."),
@@ -26,29 +36,12 @@ def run(
     Prints what was injected when. Ends with status 0 when the stack is whole afterwards and nobody
     has lost anything, else with 1 and what is not.
     """
-    # `--help` needs none of it
-    from daemons.cli.stack import start_launcher  # noqa: PLC0415
-    from daemons.faults.plan import parse_plan  # noqa: PLC0415
-    from daemons.faults.run import FaultRun, Injected  # noqa: PLC0415
-    from daemons.faults.schedule import own_length_s  # noqa: PLC0415
+    from daemons.faults.schedule import own_length_s  # noqa: PLC0415 - `--help` needs none of it
 
-    content = _read(plan)
-    parsed = parse_plan(content, str(plan))
+    content, parsed = _read(plan)
     length_s = own_length_s(parsed) if for_s is None else for_s
-    places = places_of(root)
     with progress("faults") as step:
-
-        def revive() -> None:
-            start_launcher(places, step)
-            ask(root, "power_on", step)
-
-        def tell(injected: Injected) -> None:
-            if not as_json:
-                print_line(str(injected))
-
-        fault_run = FaultRun(
-            places=places, ask=lambda method: ask(root, method), revive=revive, tell=tell, step=step
-        )
+        fault_run = _fault_run(places_of(root), root, step, is_quiet=as_json)
         problems = fault_run.run(parsed, content, str(plan), length_s)
     if as_json:
         print_json(
@@ -60,6 +53,97 @@ def run(
                 "problems": problems,
             }
         )
+    _say_how_it_is(fault_run, problems, "and no guest has booted again", is_quiet=as_json)
+
+
+def check(plan: Plan, as_json: Json = False) -> None:
+    """Say what a fault plan would do, or what is wrong with it. Nothing is done."""
+    _, parsed = _read(plan)
+    rows = [(f.number, str(f.where), f.what.value, _how(f), _when(f)) for f in parsed.faults]
+    if as_json:
+        keys = ("number", "where", "what", "how", "when")
+        faults = [dict(zip(keys, row, strict=True)) for row in rows]
+        print_json({"plan": str(plan), "seed": parsed.seed, "faults": faults})
+        return
+    print_rows(("Fault", "Where", "What", "How", "When"), rows)
+
+
+def up_with_faults(
+    plan: Path, for_s: float | None, files: Sequence[DomainFile], root: str | None
+) -> None:
+    """Do what `vtpm up --fault` does.
+
+    Raises:
+        Failure: The plan does not fit, a stack runs already, or it is not whole afterwards.
+    """
+    # Who starts without faults needs none of it.
+    from daemons.cli.stack import bring_up  # noqa: PLC0415
+    from daemons.faults.plan import LAUNCHER  # noqa: PLC0415
+    from daemons.faults.run import check_fits  # noqa: PLC0415
+    from daemons.faults.schedule import start_length_s  # noqa: PLC0415
+    from daemons.places import CHIP_NAME  # noqa: PLC0415
+    from daemons.registry import Role  # noqa: PLC0415
+
+    content, parsed = _read(plan)
+    roles = {LAUNCHER: Role.DOMAIN0.value, CHIP_NAME: Role.HWTPM.value}
+    roles |= {file.name: file.role for file in files}
+    check_fits(parsed, str(plan), roles)
+    places = places_of(root)
+    _check_is_ours_to_start(places)
+    places.prepare()
+    length_s = start_length_s(parsed) if for_s is None else for_s
+    with progress("starting") as step:
+        fault_run = _fault_run(places, root, step)
+        problems = fault_run.start(
+            parsed, content, length_s, lambda: _discard(bring_up(files, root, step)), roles
+        )
+    _say_how_it_is(fault_run, problems, "and nobody has lost anything")
+
+
+def _check_is_ours_to_start(places: Places) -> None:
+    from daemons.cli.stack import launcher_pid  # noqa: PLC0415 - as above
+    from daemons.systemd import stack_control  # noqa: PLC0415
+
+    if stack_control.is_installed(places):
+        raise Failure(
+            "no faults are injected while the stack starts",
+            why="systemd starts it, each daemon as a user of its own",
+            next_step="Use a stack of your own, below another --root",
+            exit_code=ExitCode.CONFIGURATION,
+        )
+    if launcher_pid(places) is not None:
+        raise Failure(
+            "no faults are injected while the stack starts",
+            why=f"it runs already under {places.root}",
+            next_step="vtpm fault run PLAN, or vtpm down first",
+            exit_code=ExitCode.CONFIGURATION,
+        )
+
+
+def _discard(_: object) -> None:
+    """What was created is not shown: the verdict counts."""
+
+
+def _fault_run(places: Places, root: str | None, step: Step, *, is_quiet: bool = False) -> FaultRun:
+    from daemons.cli.stack import start_launcher  # noqa: PLC0415 - `--help` needs none of it
+    from daemons.faults.run import FaultRun  # noqa: PLC0415
+
+    def revive() -> None:
+        start_launcher(places, step)
+        ask(root, "power_on", step)
+
+    def tell(injected: Injected) -> None:
+        if not is_quiet:
+            print_line(str(injected))
+
+    return FaultRun(
+        places=places, ask=lambda method: ask(root, method), revive=revive, tell=tell, step=step
+    )
+
+
+def _say_how_it_is(
+    fault_run: FaultRun, problems: list[str], verdict: str, *, is_quiet: bool = False
+) -> None:
     if problems:
         raise Failure(
             "the stack is not as it was before the faults",
@@ -67,14 +151,33 @@ def run(
             next_step="vtpm status, and the logs that it names",
             exit_code=ExitCode.FAILED,
         )
-    if not as_json:
-        count = len(fault_run.injected)
-        print_line(f"{count} injected; the stack is whole, and no guest has booted again")
+    if not is_quiet:
+        print_line(f"{len(fault_run.injected)} injected; the stack is whole, {verdict}")
 
 
-def _read(plan: Path) -> bytes:
+def _how(fault: Fault) -> str:
+    parts = [f"for {fault.for_s:g} s"] if fault.for_s else []
+    parts += [f"by {fault.by_s:+g} s"] if fault.by_s else []
+    parts += [f"at {fault.speed:g} times the speed"] if fault.speed != 1.0 else []
+    return ", ".join(parts)
+
+
+def _when(fault: Fault) -> str:
+    if fault.nth is not None:
+        return f"at operation {fault.nth}"
+    if fault.at_s is not None:
+        return f"after {fault.at_s:g} s"
+    chance = f", with probability {fault.probability:g}"
+    if fault.every_s is None:
+        return f"at each operation{chance}"
+    return f"every {fault.every_s:g} s{'' if fault.probability == 1.0 else chance}"
+
+
+def _read(plan: Path) -> tuple[bytes, FaultPlan]:
+    from daemons.faults.plan import parse_plan  # noqa: PLC0415 - `--help` needs none of it
+
     try:
-        return plan.read_bytes()
+        content = plan.read_bytes()
     except OSError as error:
         raise Failure(
             f"cannot read the fault plan {plan}",
@@ -82,3 +185,4 @@ def _read(plan: Path) -> bytes:
             next_step="docs/faults.md has one to begin with",
             exit_code=ExitCode.NO_INPUT,
         ) from error
+    return content, parse_plan(content, str(plan))

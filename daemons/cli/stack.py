@@ -36,11 +36,22 @@ class DomainFile:
     path: Path
     text: str
     name: str
+    role: str
     backends: tuple[str, ...]
 
 
 def up(
     configs: Annotated[list[Path] | None, typer.Argument(metavar="[CFG]...")] = None,
+    fault: Annotated[
+        Path | None,
+        typer.Option("--fault", metavar="PLAN", help="Apply a fault plan while the stack starts."),
+    ] = None,
+    for_s: Annotated[
+        float | None,
+        typer.Option(
+            "--for", metavar="SECONDS", min=0.1, help="How long the plan of --fault goes on."
+        ),
+    ] = None,
     root: Root = None,
 ) -> None:
     """Start the stack and create the given domains.
@@ -51,20 +62,45 @@ def up(
     named in; those that are there already are left alone, those that have failed are created again.
     """
     files = in_start_order([read_domain_file(path) for path in configs or []])
+    if fault is not None:
+        from daemons.cli.fault import up_with_faults  # noqa: PLC0415 - who starts needs none of it
+
+        up_with_faults(fault, for_s, files, root)
+        return
+    if for_s is not None:
+        raise typer.BadParameter("--for says how long the plan of --fault goes on")
     with progress("starting") as step:
-        start_launcher(places_of(root), step)
-        ask(root, "power_on", step)
-        rows = ask(root, "list")
-        there = {row["name"] for row in rows if not row["state"].startswith("failed")}
-        created: list[object] = []
-        for file in files:
-            if file.name in there:
-                wait_for_domain(file.name, root, step)
-            else:
-                step(f"creating {file.name}")
-                created.append(create_domain(file, root, step))
+        created = bring_up(files, root, step)
     for row in created:
         warn(row)
+
+
+def bring_up(files: Sequence[DomainFile], root: str | None, step: Step) -> list[object]:
+    """Start what of a stack is not there yet, and wait until it is ready.
+
+    Args:
+        files: Of its domains, in their order.
+        root: Of the installation.
+        step: Called with what is being done.
+
+    Returns:
+        The rows of the domains that were created.
+
+    Raises:
+        Failure: Something does not start.
+    """
+    start_launcher(places_of(root), step)
+    ask(root, "power_on", step)
+    rows = ask(root, "list")
+    there = {row["name"] for row in rows if not row["state"].startswith("failed")}
+    created: list[object] = []
+    for file in files:
+        if file.name in there:
+            wait_for_domain(file.name, root, step)
+        else:
+            step(f"creating {file.name}")
+            created.append(create_domain(file, root, step))
+    return created
 
 
 def down(root: Root = None) -> None:
@@ -105,7 +141,9 @@ def read_domain_file(path: Path) -> DomainFile:
     text = read_config(path)
     domain = parse_domain(text, str(path))
     backends = tuple(device.backend for device in domain.vtpms)
-    return DomainFile(path=path, text=text, name=domain.name, backends=backends)
+    return DomainFile(
+        path=path, text=text, name=domain.name, role=domain.role.value, backends=backends
+    )
 
 
 def in_start_order(files: Sequence[DomainFile]) -> list[DomainFile]:

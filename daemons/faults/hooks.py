@@ -16,20 +16,26 @@ import contextlib
 import os
 import socket
 import stat
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from daemons.disk import Disk, PosixDisk
 from daemons.places import Places
+from daemons.world import SystemClock
+from tpm12.ports import Clock
+
+if TYPE_CHECKING:
+    from daemons.tis_server import TisServer
 
 DIRECTORY_NAME: Final = ".faults"
 PLAN_NAME: Final = "plan.toml"
 LOCK_NAME: Final = "lock"
 PAGE_SUFFIX: Final = ".page"
 LOG_SUFFIX: Final = ".log"
-PAGE_BYTES: Final = 4096
+PAGE_BYTES: Final = 8192
 
 
 WrapSocket = Callable[[socket.socket], socket.socket]
@@ -37,11 +43,23 @@ WrapSocket = Callable[[socket.socket], socket.socket]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hooks:
-    """Where a daemon lets faults in; without them it opens its disk and its sockets as they are."""
+    """Where a daemon lets faults in; without them disk, sockets and clock are as they are.
+
+    Attributes:
+        open_disk: Opens its image.
+        ring_socket: Takes the place of a connection of its ring; None: nothing does.
+        tis_socket: Takes the place of a connection of the chip; None: nothing does.
+        attach_chip: Called with the chip's server before it serves; None: nobody is.
+        clock: Makes the clock of its TPM.
+        monotonic_s: The clock of a driver's waits.
+    """
 
     open_disk: Callable[[Path], Disk] = PosixDisk
     ring_socket: WrapSocket | None = None
     tis_socket: WrapSocket | None = None
+    attach_chip: Callable[[TisServer], None] | None = None
+    clock: Callable[[], Clock] = SystemClock
+    monotonic_s: Callable[[], float] = time.monotonic
 
 
 NO_HOOKS: Final = Hooks()
@@ -76,6 +94,9 @@ def hooks_of(places: Places, domain: str) -> Hooks:
             open_disk=lambda path: injection.disk(PosixDisk(path)),
             ring_socket=injection.ring_socket,
             tis_socket=injection.tis_socket,
+            attach_chip=injection.attach_chip,
+            clock=lambda: injection.clock,
+            monotonic_s=injection.monotonic_s,
         )
     raise AssertionError("closing a descriptor swallows nothing")
 

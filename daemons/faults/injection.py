@@ -1,7 +1,7 @@
-"""Faults inside a daemon: at its messages and at the steps of its disk. Loaded only when asked for.
+"""Faults inside a daemon: at messages, disk steps, clock readings. Loaded only when asked for.
 
-Sockets and disks are wrapped, so a daemon without faults has none of this in its way. What happens
-is written to the log before it happens.
+Sockets, disks and clocks are wrapped, so a daemon without faults has none of this in its way. What
+happens is written to the log before it happens.
 """
 
 from __future__ import annotations
@@ -17,19 +17,26 @@ import threading
 import time
 from collections import deque
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import structlog
 
 from daemons.disk import Disk
 from daemons.errors import Failure
+from daemons.faults.chip import OtherLocality, as_of_a_busy_chip, asks_for_status
+from daemons.faults.clock import FaultyClock
 from daemons.faults.hooks import LOCK_NAME, LOG_SUFFIX, PLAN_NAME
-from daemons.faults.page import DISK, RING, SENT, TIS, Page
+from daemons.faults.page import DISK, RING, SENT, TIS, Page, now_us
 from daemons.faults.plan import PLAN_BYTES_MAX, Fault, What, parse_plan
-from daemons.faults.schedule import happens
+from daemons.faults.schedule import happens, happens_in_turn, turn_at
 from daemons.private_files import read_checked
 
+if TYPE_CHECKING:
+    from daemons.tis_server import TisServer
+
 SECTOR_BYTES: Final = 512
+_AT_ACCESSES: Final = frozenset({What.BUSY_CHIP, What.SEIZED_LOCALITY})
+"""Faults that happen at what a driver sends, never at an answer."""
 
 
 class Injection:
@@ -50,6 +57,8 @@ class Injection:
         self._seed = 0
         self._faults: tuple[Fault, ...] = ()
         self._page.pid = os.getpid()
+        self._other_locality: OtherLocality | None = None
+        self.clock = FaultyClock(self._page, self)
 
     def is_wanted(self) -> bool:
         """Tell whether the process that asked for faults still lives: it holds a lock."""
@@ -78,6 +87,26 @@ class Injection:
         """Take the place of a disk."""
         return FaultyDisk(disk, self)
 
+    def attach_chip(self, server: TisServer) -> None:
+        """Know the chip, for another locality to seize it."""
+        self._other_locality = OtherLocality(self._page, server)
+
+    def monotonic_s(self) -> float:
+        """The clock as `time.monotonic` tells it."""
+        return self.clock.now_us() / 1e6
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the chip is busy now."""
+        return bool(self._page.generation) and now_us() < self._page.busy_until_us
+
+    def meet_at_access(self, fault: Fault) -> None:
+        """Let a fault of the chip happen, before the register access at which it does."""
+        if fault.what is What.BUSY_CHIP:
+            self._page.busy_until_us = now_us() + round(fault.for_s * 1e6)
+        elif fault.what is What.SEIZED_LOCALITY and self._other_locality is not None:
+            self._other_locality.seize(fault.for_s)
+
     def next_fault(self, kind: str, *, is_sent: bool = False) -> Fault | None:
         """Count a message or a step and say what happens at it; a kill has happened already."""
         with self._turn:
@@ -89,15 +118,28 @@ class Injection:
             number = self._page.count(kind)
             sent_number = self._page.count(kind + SENT) if is_sent else 0
             for fault in self._faults:
-                counted = sent_number if fault.what is What.LOST_RESPONSE else number
-                if fault.kind.value != kind or not counted:
+                if fault.kind.value != kind:
                     continue
-                if happens(fault, self._seed, counted) and self.is_wanted():
+                counted = number
+                if fault.what is What.LOST_RESPONSE:
+                    counted = sent_number
+                elif fault.what in _AT_ACCESSES:
+                    counted = 0 if is_sent else number - self._page.counted(kind + SENT)
+                if counted and self._is_due(fault, counted) and self.is_wanted():
                     self._tell(fault, counted)
                     if fault.what is What.KILL:
                         die()
                     return fault
         return None
+
+    def _is_due(self, fault: Fault, operation: int) -> bool:
+        if not fault.is_timed:
+            return happens(fault, self._seed, operation)
+        turn = turn_at(fault, (now_us() - self._page.begun_us) / 1e6)
+        if turn <= self._page.turns(fault.number):
+            return False
+        self._page.set_turns(fault.number, turn)
+        return happens_in_turn(fault, self._seed, turn)
 
     def _read_plan(self, generation: int) -> None:
         self._generation = generation
@@ -148,11 +190,15 @@ class FaultySocket(socket.socket):
         self._injection = injection
         self._kind = kind
         self._again: deque[bytes] = deque()
+        self._status_is_asked = False
 
     def recv(self, size: int, flags: int = 0) -> bytes:
         """Receive a message, unless a fault has it otherwise."""
-        if self._again:
-            return self._again.popleft()
+        message = self._again.popleft() if self._again else self._received(size, flags)
+        self._status_is_asked = self._kind == TIS and asks_for_status(message)
+        return message
+
+    def _received(self, size: int, flags: int) -> bytes:
         while message := super().recv(size, flags):
             fault = self._injection.next_fault(self._kind)
             if fault is None:
@@ -165,11 +211,15 @@ class FaultySocket(socket.socket):
                 self._again.append(message)
             elif fault.what is What.CORRUPT:
                 return corrupted(message)
+            else:
+                self._injection.meet_at_access(fault)
             return message
         return b""
 
     def send(self, message: bytes, flags: int = 0) -> int:  # type: ignore[override]  # bytes only
         """Send a message, unless a fault has it otherwise."""
+        if self._status_is_asked and self._injection.is_busy:
+            message = as_of_a_busy_chip(message)
         fault = self._injection.next_fault(self._kind, is_sent=True)
         what = fault.what if fault is not None else None
         if what in {What.DROP, What.LOST_RESPONSE}:

@@ -6,10 +6,12 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final
+from typing import Final, TypeVar
 
 from daemons.faults.plan import Kind, Place
 from daemons.places import CHIP_NAME
+
+T = TypeVar("T")
 
 
 class PointKind(StrEnum):
@@ -62,7 +64,12 @@ def choose_points(counted: Mapping[Place, int], limit: int | None, seed: int) ->
         seed: Of the sample.
     """
     points = [Point(place, nth) for place, count in counted.items() for nth in range(1, count + 1)]
-    if limit is None or len(points) <= limit:
-        return points
-    chosen = random.Random(seed).sample(range(len(points)), limit)  # noqa: S311 - no secret
-    return [points[at] for at in sorted(chosen)]
+    return sample(points, limit, seed)
+
+
+def sample(items: Sequence[T], limit: int | None, seed: int) -> Sequence[T]:
+    """Draw a sample of so many at most; it stays in order."""
+    if limit is None or len(items) <= limit:
+        return items
+    chosen = random.Random(seed).sample(range(len(items)), limit)  # noqa: S311 - no secret
+    return [items[at] for at in sorted(chosen)]

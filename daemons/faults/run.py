@@ -1,19 +1,29 @@
-"""A plan applied to a stack that runs: faults of processes from here, all others in the daemons."""
+"""A plan applied to a stack that runs or starts: processes from here, all else in the daemons."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import signal
+import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 from daemons.errors import ExitCode, Failure
 from daemons.faults.control import FaultControl, Line
-from daemons.faults.plan import LAUNCHER, Fault, FaultPlan, Kind, PlanError, What
+from daemons.faults.plan import (
+    EVERY_DOMAIN,
+    LAUNCHER,
+    Fault,
+    FaultPlan,
+    Kind,
+    PlanError,
+    What,
+)
 from daemons.faults.schedule import Due, schedule
 from daemons.guest.tpm0_client import Tpm0Client
 from daemons.launcher.processes import is_alive, send_signal
@@ -25,10 +35,14 @@ HEALTHY_S: Final = 60.0
 ANSWER_S: Final = 20.0
 """How long a guest's TPM may take to answer at the end."""
 LOOK_AGAIN_S: Final = 0.02
+TELL_AGAIN_S: Final = 5.0
+START_MAX_S: Final = 60.0
+"""A stack that starts is left alone after so long, or it might never come up."""
 PCR_READ: Final = bytes.fromhex("00c1 0000000e 00000015 00000000")
 ROLES: Final = {
     Kind.RING: {Role.MANAGER.value, Role.VTPM.value},
     Kind.DISK: {Role.MANAGER.value, Role.VTPM.value, Role.HWTPM.value},
+    Kind.CLOCK: {Role.MANAGER.value, Role.VTPM.value, Role.HWTPM.value},
 }
 """Who has a place of these kinds; processes have all, and TIS is the chip's."""
 
@@ -91,9 +105,13 @@ class FaultRun:
     _begun: float = 0.0
     _begun_at: float = 0.0
     _stopped: dict[int, tuple[int, int]] = field(default_factory=dict)
+    _turn: threading.Lock = field(default_factory=threading.Lock)
+    _launcher_kills: int = 0
+    _is_starting: bool = False
+    _is_over: threading.Event = field(default_factory=threading.Event)
 
     def run(self, plan: FaultPlan, content: bytes, name: str, for_s: float) -> list[str]:
-        """Apply a plan.
+        """Apply a plan to a stack that runs.
 
         Args:
             plan: What to do.
@@ -108,35 +126,91 @@ class FaultRun:
             Failure: The plan does not fit this stack, or the stack was not whole before.
         """
         self._before = self._rows()
-        self._check(plan, name)
-        domains = {fault.where.domain for fault in plan.hooked}
+        roles = {name: str(row["role"]) for name, row in self._before.items()}
+        check_fits(plan, name, roles)
+        self._check_is_whole()
+        domains = hooked_domains(plan, roles)
         with FaultControl(self.places, domains) as control:
-            for domain in sorted(domains):
+            for domain in domains:
                 self._give_hooks(control, domain)
             control.arm(content)
             with contextlib.suppress(KeyboardInterrupt):
                 self._inject(plan, for_s, control)
-            self._continue_all()
-            control.disarm()
-            self._tell_lines(control.new_lines())
+            self._end(control)
         return self._problems()
+
+    def start(
+        self,
+        plan: FaultPlan,
+        content: bytes,
+        for_s: float,
+        bring_up: Callable[[], None],
+        roles: Mapping[str, str],
+    ) -> list[str]:
+        """Apply a plan to a stack while it starts, from its first process on.
+
+        Args:
+            plan: What to do; it fits the stack (`check_fits`).
+            content: Its file, as the daemons get it.
+            for_s: How long, in seconds; at least until the stack is up.
+            bring_up: Starts the stack; it may be called again when the launcher was killed.
+            roles: The role of each domain that will be there.
+
+        Returns:
+            As `run`; also why the stack did not come up.
+        """
+        problems: list[str] = []
+        self._is_starting = True
+        with FaultControl(self.places, hooked_domains(plan, roles)) as control:
+            control.arm(content)
+            with ThreadPoolExecutor(1, thread_name_prefix="faults") as threads:
+                injecting = threads.submit(self._inject, plan, for_s, control)
+                try:
+                    self._bring_up(bring_up)
+                    self._before = self._rows()
+                except Failure as failure:
+                    problems = [f"the stack did not come up: {failure.what}: {failure.why}"]
+                    self._is_over.set()
+                except BaseException:  # also an interrupt: the other thread has to end
+                    self._is_over.set()
+                    raise
+                finally:
+                    self._is_starting = False
+                with self._over_when_interrupted():
+                    injecting.result()
+            self._end(control)
+        return problems or self._problems()
+
+    def _bring_up(self, bring_up: Callable[[], None]) -> None:
+        """Start the stack, as often as its launcher is killed meanwhile."""
+        while True:
+            kills = self._launcher_kills
+            try:
+                bring_up()
+            except Failure:
+                if self._launcher_kills == kills:
+                    raise
+                continue
+            with self._turn:
+                if self._launcher_kills == kills:
+                    self._is_starting = False
+                    return
+
+    @contextlib.contextmanager
+    def _over_when_interrupted(self) -> Iterator[None]:
+        try:
+            yield
+        except KeyboardInterrupt:
+            self._is_over.set()
+
+    def _end(self, control: FaultControl) -> None:
+        self._continue_all()
+        control.disarm()
+        self._tell_lines(control.new_lines())
 
     # -- before
 
-    def _check(self, plan: FaultPlan, name: str) -> None:
-        for fault in plan.faults:
-            row = self._before.get(fault.where.domain)
-            if row is None:
-                raise PlanError(
-                    name,
-                    f"[[fault]] number {fault.number}: there is no {fault.where.domain} here, but "
-                    + ", ".join(self._before),
-                )
-            has_it = ROLES.get(fault.kind)
-            if has_it is not None and row["role"] not in has_it:
-                raise PlanError(
-                    name, f"[[fault]] number {fault.number}: {fault.where.domain} has no such place"
-                )
+    def _check_is_whole(self) -> None:
         unwell = [f"{n} is {row['state']}" for n, row in self._before.items() if not _is_well(row)]
         if unwell:
             raise Failure(
@@ -176,12 +250,20 @@ class FaultRun:
     def _inject(self, plan: FaultPlan, for_s: float, control: FaultControl) -> None:
         self._begun, self._begun_at = time.monotonic(), time.time()
         faults = {fault.number: fault for fault in plan.faults}
-        due = deque(schedule(plan, for_s))
-        self.step(f"injecting for {for_s:g} s")
-        while due or self._passed_s() < for_s:
+        is_start = self._is_starting
+        due = deque(schedule(plan, START_MAX_S if is_start else for_s))
+        told_s = 0.0
+        length = f"{for_s:g} s" + (", and until the stack is up" if is_start else "")
+        self.step(f"injecting for {length}")
+        while self._is_starting or self._passed_s() < for_s or (due and not is_start):
+            if self._is_over.is_set():
+                return
             while due and due[0].at_s <= self._passed_s():
                 self._do(due[0], faults[due.popleft().number])
             self._tell_lines(control.new_lines())
+            if self._passed_s() >= told_s + TELL_AGAIN_S:
+                told_s = self._passed_s()
+                self.step(f"{len(self.injected)} injected after {told_s:.0f} s")
             time.sleep(LOOK_AGAIN_S)
 
     def _do(self, due: Due, fault: Fault) -> None:
@@ -198,17 +280,22 @@ class FaultRun:
             note = "" if process is not None else "not done, it has no process now"
         else:
             what = fault.what.value
-            process = self._signal(name, signal.SIGKILL)
-            if process is None:
-                note = "not done, it has no process now"
-            elif name == LAUNCHER:
-                _wait(lambda: not is_alive(*process))
+            process = self._kill(name)
+            note = "" if process is not None else "not done, it has no process now"
         at_s = self._passed_s()
         self._add(
             Injected(at_s=at_s, fault=fault.number, where=str(fault.where), what=what, note=note)
         )
-        if name == LAUNCHER and fault.what is What.KILL:
+        if name == LAUNCHER and fault.what is What.KILL and not self._is_starting:
             self.revive()
+
+    def _kill(self, name: str) -> tuple[int, int] | None:
+        with self._turn:
+            process = self._signal(name, signal.SIGKILL)
+            if process is not None and name == LAUNCHER:
+                self._launcher_kills += 1
+                _wait(lambda: not is_alive(*process))
+        return process
 
     def _signal(self, name: str, number: signal.Signals) -> tuple[int, int] | None:
         """Send a signal to a domain's process; which it was, None if there was none."""
@@ -289,6 +376,35 @@ class FaultRun:
         rows = {row["name"]: row for row in answer["domains"]}
         launcher, chip = answer["launcher"], answer["chip"]
         return {LAUNCHER: launcher, CHIP_NAME: chip, **rows}
+
+
+def check_fits(plan: FaultPlan, name: str, roles: Mapping[str, str]) -> None:
+    """Check that every place of a plan is there.
+
+    Args:
+        plan: The plan.
+        name: What messages call it.
+        roles: The role of each domain, the chip and the launcher.
+
+    Raises:
+        PlanError: One is not.
+    """
+    for fault in plan.faults:
+        domain = fault.where.domain
+        called = f"[[fault]] number {fault.number}"
+        if domain != EVERY_DOMAIN and domain not in roles:
+            raise PlanError(name, f"{called}: there is no {domain} here, but {', '.join(roles)}")
+        has_it = ROLES.get(fault.kind)
+        if has_it is not None and domain != EVERY_DOMAIN and roles[domain] not in has_it:
+            raise PlanError(name, f"{called}: {domain} has no such place")
+
+
+def hooked_domains(plan: FaultPlan, roles: Mapping[str, str]) -> list[str]:
+    """Who has to have hooks for a plan, in the order of their names."""
+    domains = {fault.where.domain for fault in plan.hooked}
+    if EVERY_DOMAIN in domains:
+        domains |= {name for name, role in roles.items() if role in ROLES[Kind.CLOCK]}
+    return sorted(domains - {EVERY_DOMAIN})
 
 
 def _record_name(name: str) -> str:

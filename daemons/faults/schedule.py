@@ -1,4 +1,4 @@
-"""When which process meets its fault: a plan and a seed give one list, always the same. Pure."""
+"""When faults happen: a plan and a seed always say the same. Pure."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def schedule(plan: FaultPlan, for_s: float) -> list[Due]:
     What lasts is ended, after the run if need be.
     """
     found: list[Due] = []
-    for fault in plan.timed:
+    for fault in plan.of_processes:
         for at_s in _times(fault, plan.seed, for_s):
             found.append(Due(at_s, fault.number))
             if fault.what is What.STOP:
@@ -55,14 +55,35 @@ def _times(fault: Fault, seed: int, for_s: float) -> list[float]:
 
 def own_length_s(plan: FaultPlan) -> float:
     """How long a run of this plan lasts when nobody says, in seconds."""
-    if not plan.faults or plan.hooked or any(fault.every_s is not None for fault in plan.timed):
+    if not plan.faults or any(fault.at_s is None for fault in plan.faults):
         return ENDLESS_S
-    return max((fault.at_s or 0.0) + fault.for_s for fault in plan.timed) + SETTLE_S
+    return max((fault.at_s or 0.0) + fault.for_s for fault in plan.faults) + SETTLE_S
+
+
+def start_length_s(plan: FaultPlan) -> float:
+    """How long a plan goes on, at least, for a stack that starts; and until that is up."""
+    return max(((f.at_s or 0.0) + f.for_s for f in plan.faults if f.at_s is not None), default=0.0)
 
 
 def happens(fault: Fault, seed: int, operation: int) -> bool:
-    """Tell whether a fault happens at the n-th message or step of its place, from 1."""
+    """Tell whether a fault happens at the n-th message, step or reading of its place, from 1."""
     if fault.nth is not None:
         return operation == fault.nth
     chance = random.Random(f"{seed}/{fault.number}/{operation}")  # noqa: S311 - no secret
     return chance.random() < (fault.probability or 0.0)
+
+
+def turn_at(fault: Fault, passed_s: float) -> int:
+    """How many times a fault with a time of its own has been due, so long after the start."""
+    if fault.at_s is not None:
+        return int(passed_s >= fault.at_s)
+    assert fault.every_s is not None
+    return int(passed_s / fault.every_s)
+
+
+def happens_in_turn(fault: Fault, seed: int, turn: int) -> bool:
+    """Tell whether a fault happens when it is due for the n-th time, from 1."""
+    if fault.probability is None:
+        return True
+    chance = random.Random(f"{seed}/{fault.number}/turn {turn}")  # noqa: S311 - no secret
+    return chance.random() < fault.probability

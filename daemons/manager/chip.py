@@ -19,6 +19,8 @@ from typing import Any, Final, Protocol
 from daemons.errors import ExitCode, Failure
 from daemons.manager.handle_journal import HandleJournal, Handles, Leftovers
 from daemons.manager.requests import OnceOnly
+from daemons.tis_link import ChipFault
+from hwtpm.tis_driver import TisFault
 from protocol.constants import CapabilityArea, CapabilityProperty, Ordinal, ResourceType
 from protocol.return_codes import ReturnCode, TpmError
 from protocol.structures import CapVersionInfo
@@ -28,6 +30,8 @@ from tpm12.client_core import BadResponseError, ClientSession, Use
 from tpm12.ports import Rng
 
 Progress = Callable[[str], None]
+SEIZURES_MAX: Final = 10
+"""How often one command is begun anew because another locality seized the TPM."""
 
 
 class ChipLink(Protocol):
@@ -233,12 +237,17 @@ class Chip:
             Failure: See `operation`.
         """
         with self.operation(doing) as tpm:
-            try:
-                return self._under_session(tpm, ordinal, secret, operands)
-            except TpmError as error:
-                # Somebody flushed it, or it ended with a power cycle.
-                if error.code != ReturnCode.INVALID_AUTHHANDLE:
-                    raise
+            for _ in range(SEIZURES_MAX):
+                try:
+                    return self._under_session(tpm, ordinal, secret, operands)
+                except ChipFault as fault:
+                    # Another locality took the TPM; whether the command ran does not matter.
+                    if fault.fault is not TisFault.SEIZED:
+                        raise
+                except TpmError as error:
+                    # Somebody flushed it, or it ended with a power cycle.
+                    if error.code != ReturnCode.INVALID_AUTHHANDLE:
+                        raise
             return self._under_session(tpm, ordinal, secret, operands)
 
     def _under_session(
@@ -309,7 +318,7 @@ class Chip:
         """
         self._progress("looking at the hardware TPM")
         # First of all: any other command would wipe out a response that still waits in the chip.
-        left, fresh = self._journal.take_over(self._link.resume, self._link.finish)
+        left, fresh = self._journal.take_over(self._resume, self._link.finish)
         self._link.learn_timing()
         version = self._read_version()
         with self.operation("start the hardware TPM") as tpm:
@@ -355,6 +364,19 @@ class Chip:
                 # Somebody else was quicker; what counts is whether our SRK secret is right.
                 if error.code != ReturnCode.OWNER_SET:
                     raise
+
+    def _resume(self, request: bytes) -> bytes:
+        """What an earlier manager's command was answered; nothing if it was seized.
+
+        Whether that command opened anything is not known then, and nobody will ever know: to insist
+        would keep the manager from starting for ever.
+        """
+        try:
+            return self._link.resume(request)
+        except ChipFault as fault:
+            if fault.fault is not TisFault.SEIZED:
+                raise
+            return b""
 
     # -- handles
 

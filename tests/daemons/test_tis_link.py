@@ -17,7 +17,7 @@ from daemons.tis_link import (
     ChipSilent,
     TisLink,
 )
-from hwtpm.tis_device import TisDevice
+from hwtpm.tis_device import State, TisDevice
 from hwtpm.tis_driver import Timing, TisFault
 from protocol import tis_messages as messages
 from protocol.tis_messages import RefusedReason, decode_request, encode_message, refused
@@ -118,6 +118,7 @@ class Chip:
         bent = self.on_message(self.count, request)
         if bent is not None:
             return bent
+        self._run_pending()
         if isinstance(request, messages.Read):
             data = self.device.read(request.locality, request.offset, request.count)
             return [messages.Value(data=data)]
@@ -125,13 +126,16 @@ class Chip:
             self.pins.append(request)
             return [messages.Done()]
         self.device.write(request.locality, request.offset, request.data)
-        pending = self.device.pending_command
-        if pending is not None and self.is_executing:
-            self.device.complete(pending, self.port.execute(pending.request, pending.locality))
+        self._run_pending()
         return [
             messages.Interrupt(locality=i.locality, status=i.status, vector=i.vector)
             for i in self.device.take_interrupts()
         ]
+
+    def _run_pending(self):
+        pending = self.device.pending_command
+        if pending is not None and self.is_executing:
+            self.device.complete(pending, self.port.execute(pending.request, pending.locality))
 
 
 @pytest.fixture
@@ -626,7 +630,9 @@ def test_chip_without_power_is_told(chip, link):
 def test_command_over_its_duration_is_aborted(path, chip):
     chip.is_executing = False
     with (
-        TisLink(path, 2, timing=Timing(short_s=0.05), use_interrupts=False) as link,
+        TisLink(
+            path, 2, timing=Timing(short_s=0.05), busy_timeout_s=0.1, use_interrupts=False
+        ) as link,
         pytest.raises(ChipFault) as caught,
     ):
         link.exchange(command())
@@ -636,16 +642,116 @@ def test_command_over_its_duration_is_aborted(path, chip):
         assert link.exchange(command()) == answer_to(command())
 
 
+EXTEND = 0x14
+
+
+def seize_when(chip, is_time):
+    """Let locality 3 seize the TPM once, before the access for which `is_time` says so.
+
+    It gives the TPM back when locality 2 has asked for it."""
+    seized = []
+
+    def on_message(_count, request):
+        if not seized and is_time(request):
+            seized.append(request)
+            chip.device.write(3, 0x00, b"\x08")
+        elif isinstance(request, messages.Read) and chip.device.read(3, 0x00)[0] & 0x04:
+            chip.device.write(3, 0x00, b"\x20")
+
+    chip.on_message = on_message
+    return seized
+
+
 def test_seized_command_is_told_to_be_in_doubt(chip, link):
     link.identify()
     chip.is_executing = False
-
-    def seize(_count, request):
-        if isinstance(request, messages.Read) and chip.device.pending_command is not None:
-            chip.device.write(3, 0x00, b"\x08")
-
-    chip.on_message = seize
+    seize_when(chip, lambda _request: chip.device.pending_command is not None)
     with pytest.raises(ChipFault) as caught:
-        link.exchange(command())
+        link.exchange(command(EXTEND))
     assert caught.value.fault is TisFault.SEIZED
     assert "not known whether" in caught.value.next_step
+
+
+def test_seized_command_that_may_run_twice_is_sent_again(chip, link):
+    link.identify()
+    chip.is_executing = False
+
+    def is_running(_request):
+        is_time = chip.device.pending_command is not None
+        chip.is_executing = is_time
+        return is_time
+
+    seized = seize_when(chip, is_running)
+    assert link.exchange(command()) == answer_to(command())
+    assert seized
+
+
+@pytest.mark.parametrize("nth", range(1, 9))
+def test_seizure_before_the_start_of_a_command_is_a_pause(chip, link, nth):
+    link.identify()
+    count = iter(range(1, 10_000))
+    seized = seize_when(
+        chip, lambda _request: chip.device.state is not State.COMPLETION and next(count) == nth
+    )
+    big = command(EXTEND, bytes(600))
+    assert link.exchange(big) == answer_to(big)
+    assert chip.port.executed == [big]
+    assert seized
+
+
+def test_locality_that_another_one_has_is_waited_for(chip, path):
+    chip.device.write(3, 0x00, b"\x02")
+    asked = []
+
+    def give_up_late(_count, request):
+        asked.append(request)
+        if len(asked) == 20:
+            chip.device.write(3, 0x00, b"\x20")
+
+    chip.on_message = give_up_late
+    with TisLink(path, 2, timing=Timing(a_s=0.01), use_interrupts=False) as link:
+        assert link.exchange(command()) == answer_to(command())
+
+
+def test_locality_that_another_one_keeps_is_told(chip, path):
+    chip.device.write(3, 0x00, b"\x02")
+    with (
+        TisLink(path, 2, timing=Timing(a_s=0.01), busy_timeout_s=0.05) as link,
+        pytest.raises(ChipFault) as caught,
+    ):
+        link.exchange(command())
+    assert caught.value.fault is TisFault.TIMEOUT_A
+
+
+@pytest.mark.parametrize("request_", [command(EXTEND, bytes(600)), command()], ids=["big", "small"])
+@pytest.mark.parametrize("at", range(12))
+def test_chip_that_is_busy_beyond_every_timeout_is_waited_for(path, chip, request_, at):
+    """From its n-th status on, the chip says for a while that it is not ready and has no data."""
+    asked = []
+
+    def busy(_count, request):
+        if isinstance(request, messages.Read) and request.offset == 0x18:
+            asked.append(request)
+            if at <= len(asked) < at + 12:
+                true = chip.device.read(request.locality, request.offset, request.count)
+                return [messages.Value(data=bytes([true[0] & ~0x50, 0, 0, *true[3:]]))]
+        return None
+
+    chip.on_message = busy
+    quick = Timing(a_s=0.01, b_s=0.01, c_s=0.01, d_s=0.01, short_s=0.01)
+    with TisLink(path, 2, timing=quick, use_interrupts=False) as link:
+        assert link.exchange(request_) == answer_to(request_)
+    assert chip.port.executed == [request_]
+
+
+def test_clock_of_the_driver_that_jumps_costs_no_command(path, chip):
+    readings = iter(range(0, 10**9, 3600))
+    chip.is_executing = False
+
+    def execute_late(count, _request):
+        chip.is_executing = count > 40
+
+    chip.on_message = execute_late
+    with TisLink(path, 2, monotonic_s=lambda: float(next(readings)), use_interrupts=False) as link:
+        assert link.exchange(command(EXTEND)) == answer_to(command(EXTEND))
+    assert chip.port.executed == [command(EXTEND)]

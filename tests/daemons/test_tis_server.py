@@ -23,8 +23,8 @@ ACCESS, INT_ENABLE, STS, FIFO = 0x00, 0x08, 0x18, 0x24
 WAIT_S = 10.0
 
 
-def command(body=b""):
-    return b"\0\xc1" + (10 + len(body)).to_bytes(4, "big") + b"\0\0\0\x15" + body
+def command(body=b""):  # TPM_Extend: never run twice
+    return b"\0\xc1" + (10 + len(body)).to_bytes(4, "big") + b"\0\0\0\x14" + body
 
 
 def answer_to(request):

@@ -213,17 +213,24 @@ class ScratchStack:
 
     # -- the command ---------------------------------------------------------------------------
 
-    def vtpm(self, *words: str | Path, status: int | None = 0, **environment: str) -> Said:
+    def vtpm(
+        self,
+        *words: str | Path,
+        status: int | None = 0,
+        patience_s: float = COMMAND_S,
+        **environment: str,
+    ) -> Said:
         """Run a subcommand.
 
         Args:
             words: Its name and arguments.
             status: What its exit status must be; None for any.
+            patience_s: How long it may take, in seconds.
             environment: Changes to the environment.
         """
         with self.begin(*words, **environment) as running:
             try:
-                out, err = running.communicate(timeout=COMMAND_S)
+                out, err = running.communicate(timeout=patience_s)
             except subprocess.TimeoutExpired:
                 running.kill()
                 raise

@@ -15,7 +15,7 @@ EXAMPLES = Path(__file__).resolve().parents[3] / "examples" / "trusted-dom0"
 
 
 def a_file(name, *backends):
-    return DomainFile(path=Path(f"{name}.cfg"), text="", name=name, backends=backends)
+    return DomainFile(path=Path(f"{name}.cfg"), text="", name=name, role="guest", backends=backends)
 
 
 def names_in_order(*files):

@@ -1,18 +1,25 @@
 """Faults inside a daemon: they reach it only from its owner, and happen where the plan says."""
 
+import contextlib
 import errno
 import os
 import signal
 import socket
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import pytest
 
 from daemons.disk import PosixDisk
 from daemons.errors import ExitCode, Failure
+from daemons.faults import injection
 from daemons.faults.control import FaultControl
 from daemons.faults.hooks import NO_HOOKS, directory_of, hooks_of
+from daemons.faults.page import now_us
 from daemons.places import Places
+from daemons.world import SystemClock
 
 DOMAIN = "vtpm-guest1"
 IMAGE_BYTES = 8192
@@ -74,6 +81,26 @@ def test_a_daemon_has_no_hooks_unless_asked_for(places):
     assert NO_HOOKS.open_disk is PosixDisk
     assert NO_HOOKS.ring_socket is None
     assert NO_HOOKS.tis_socket is None
+    assert NO_HOOKS.attach_chip is None
+    assert NO_HOOKS.clock is SystemClock
+    assert NO_HOOKS.monotonic_s is time.monotonic
+
+
+def test_without_a_page_nothing_that_injects_is_even_loaded(places):
+    """The cost of the hooks in an ordinary daemon: one open() at its start that finds nothing."""
+    program = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "import daemons.hwtpmd, daemons.vtpmd, daemons.vtpmmgrd\n"
+        "from daemons.faults.hooks import NO_HOOKS, hooks_of\n"
+        "from daemons.places import Places\n"
+        f"assert hooks_of(Places(Path({str(places.root)!r})), {DOMAIN!r}) is NO_HOOKS\n"
+        "print(*[name for name in sys.modules if name.startswith('daemons.faults.')])\n"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert said.stdout.split() == ["daemons.faults.hooks"]
 
 
 @pytest.mark.usefixtures("control")
@@ -243,6 +270,76 @@ def test_a_kill_happens_at_its_message_and_once(places, control):
     assert in_a_child(serve) == 0, "the one that follows is not killed for the same message"
     assert control.counted(DOMAIN, "ring") == 8
     assert [line["operation"] for line in control.new_lines()] == [3]
+
+
+def test_a_fault_has_its_time_and_happens_at_the_next_message(control, ring, monkeypatch):
+    control.arm(fault(f"ring {DOMAIN}", "corrupt", "at_s = 3600"))
+    assert received(ring, b"one") == [b"one"]
+    hour_later_us = now_us() + 3_600_000_000
+    monkeypatch.setattr(injection, "now_us", lambda: hour_later_us)
+    ring.backend.send(b"two")
+    ring.backend.send(b"six")
+    assert [ring.frontend.recv(10), ring.frontend.recv(10)] == [b"tgo", b"six"]
+    (line,) = control.new_lines()
+    assert line["operation"] == 2
+
+
+def test_a_fault_that_has_happened_is_not_due_again_for_the_process_that_follows(places, control):
+    control.arm(fault(f"ring {DOMAIN}", "kill", "at_s = 0"))
+
+    def serve():
+        backend, frontend = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        faulty = hooks_of(places, DOMAIN).ring_socket(backend)
+        frontend.send(b"request")
+        faulty.recv(10)
+
+    assert in_a_child(serve) == -signal.SIGKILL
+    assert in_a_child(serve) == 0
+
+
+def work(ring, disk):
+    """A fixed program: messages of both directions, and what they have stored."""
+    for turn in range(60):
+        ring.frontend.send(b"request")
+        with contextlib.suppress(TimeoutError):
+            ring.backend.recv(10)
+        ring.backend.send(b"response")
+        with contextlib.suppress(OSError):
+            disk.write(0, bytes([turn]) * 8)
+            disk.sync()
+
+
+@pytest.mark.parametrize("others", ["", fault(f"disk {DOMAIN}", "kill", "nth = 10000").decode()])
+def test_the_same_seed_repeats_every_fault(control, ring, disk, others):
+    ring.backend.settimeout(0.01)
+    plan = (
+        fault(f"ring {DOMAIN}", "corrupt", "probability = 0.1")
+        + fault(f"ring {DOMAIN}", "lost-response", "probability = 0.1")
+        + fault(f"ring {DOMAIN}", "duplicate", "nth = 17")
+        + fault(f"disk {DOMAIN}", "io-error", "probability = 0.2")
+        + fault(f"disk {DOMAIN}", "delay", "for_s = 0.001\nprobability = 0.1")
+        + others.encode()
+    )
+    seen = []
+    for seed in (5, 5, 6):
+        control.arm(f"seed = {seed}\n".encode() + plan)
+        work(ring, disk)
+        seen.append([(n["fault"], n["what"], n["operation"]) for n in control.new_lines()])
+        drained(ring)
+    assert len(seen[0]) > 20
+    assert seen[0] == seen[1]
+    assert seen[0] != seen[2]
+
+
+def drained(ring):
+    """Take what is left in the ring, so that the next run begins as this one did."""
+    for end in (ring.backend, ring.frontend):
+        end.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while super(type(end), end).recv(10) if end is ring.backend else end.recv(10):
+                pass
+        end.setblocking(True)
+    ring.backend.settimeout(0.01)
 
 
 # -- disks -----------------------------------------------------------------------------------------

@@ -35,18 +35,44 @@ def test_everything_a_plan_can_say():
         where = "disk hwtpm"
         what = "torn-write"
         nth = 1
+        [[fault]]
+        where = "tis"
+        what = "busy-chip"
+        for_s = 2
+        every_s = 3
+        [[fault]]
+        where = "tis"
+        what = "seized-locality"
+        for_s = 0.1
+        at_s = 4
+        [[fault]]
+        where = "clock"
+        what = "jump"
+        by_s = -60
+        at_s = 1
+        [[fault]]
+        where = "clock vtpm-guest1"
+        what = "drift"
+        speed = 0.5
+        for_s = 10
+        probability = 1
         """,
         "plan",
     )
-    stop, lost, delay, torn = plan.faults
+    stop, lost, delay, torn, busy, seized, jump, drift = plan.faults
     assert plan.seed == 9
     assert (stop.kind, stop.what, stop.for_s) == (Kind.PROCESS, What.STOP, 0.5)
     assert (stop.every_s, stop.probability, stop.nth, stop.at_s) == (2, 0.25, None, None)
     assert (lost.where, lost.nth) == (Place("ring", "vtpm-guest1"), 7)
     assert (str(delay.where), delay.where.domain, delay.probability) == ("tis", "hwtpm", 0.5)
     assert (str(torn.where), torn.number) == ("disk hwtpm", 4)
-    assert plan.timed == (stop,)
-    assert plan.inside("hwtpm") == (delay, torn)
+    assert (busy.what, busy.for_s, busy.every_s, busy.probability) == (What.BUSY_CHIP, 2, 3, 1)
+    assert (seized.what, seized.at_s) == (What.SEIZED_LOCALITY, 4)
+    assert (str(jump.where), jump.by_s, jump.is_timed) == ("clock", -60, True)
+    assert (drift.speed, drift.for_s, drift.is_timed) == (0.5, 10, False)
+    assert plan.of_processes == (stop,)
+    assert plan.inside("hwtpm") == (delay, torn, busy, seized, jump)
+    assert plan.inside("vtpm-guest1") == (lost, jump, drift)
 
 
 def test_a_plan_may_be_empty():
@@ -65,7 +91,12 @@ def test_a_plan_may_be_empty():
         ),
         (KILL.replace("kill", "maim"), "what = 'maim' in .* number 1 .* at a process: kill, stop"),
         (KILL.replace("kill", "io-error"), "not possible at a process"),
-        (KILL.replace("process", "clock"), 'is no place: "process DOMAIN"'),
+        (KILL.replace("process", "cloak"), 'is no place: "process DOMAIN"'),
+        (KILL.replace("process", "clock"), "not possible at a clock: jump, stop, drift"),
+        (KILL.replace("process", "clock").replace("kill", "jump"), "has no by_s"),
+        (KILL.replace("process", "clock").replace("kill", "drift") + "for_s=1", "has no speed"),
+        (KILL.replace("process", "clock").replace("kill", "stop"), "has no for_s"),
+        (KILL.replace("kill", "busy-chip"), "not possible at a process"),
         (KILL.replace(" vtpm-guest1", ""), "cannot be the name of a domain"),
         (KILL.replace("vtpm-guest1", "../x"), "cannot be the name of a domain"),
         (KILL.replace("at_s = 1", ""), "one of at_s and every_s"),
@@ -73,7 +104,8 @@ def test_a_plan_may_be_empty():
         (KILL.replace("at_s = 1", "nth = 1"), "one of at_s and every_s"),
         (KILL.replace("at_s = 1", "every_s = 0"), "every_s .* is not a number from 0.01"),
         (KILL + "probability = 0.5\n", "unknown key 'probability'"),
-        (KILL.replace("process", "ring"), "one of nth and probability"),
+        (KILL.replace("process", "ring").replace("at_s = 1", ""), "one of nth, probability, at_s"),
+        (KILL.replace("process", "ring") + "nth = 1\n", "unknown key 'nth'"),
         (KILL.replace("process", "ring").replace("at_s", "probability") + "nth=2\n", "one of nth"),
         (KILL.replace("kill", "stop"), "has no for_s"),
         (KILL.replace("kill", "stop") + "for_s = 61\n", "for_s .* from 0.001 to 60"),
@@ -94,6 +126,21 @@ def test_the_line_is_that_of_the_table_that_is_wrong():
     text = "seed = 1\n" + KILL + KILL.replace("at_s = 1", "at_s = -1")
     with pytest.raises(PlanError, match=r"at_s in \[\[fault\]\] number 2 \(line 9\)"):
         parse_plan(text.encode(), "plan")
+
+
+@pytest.mark.parametrize(
+    ("second", "line"),
+    [
+        (KILL.replace("process", "place"), 7),
+        (KILL.replace("kill", "drop"), 8),
+        (KILL.replace("kill", "stop"), 8),
+        (KILL.replace("at_s = 1", ""), 8),
+    ],
+    ids=["where", "what", "no for_s", "no time"],
+)
+def test_whatever_is_wrong_has_a_line(second, line):
+    with pytest.raises(PlanError, match=rf"number 2 \(line {line}\)"):
+        parse_plan(f"seed = 1\n{KILL}{second}".encode(), "plan")
 
 
 @pytest.mark.parametrize(

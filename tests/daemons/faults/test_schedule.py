@@ -2,9 +2,19 @@
 
 import itertools
 
+import pytest
+
 from daemons.faults.plan import parse_plan
 from daemons.faults.points import NO_FAULTS, PLACES, Point, PointKind, choose_points
-from daemons.faults.schedule import ENDLESS_S, Due, happens, own_length_s, schedule
+from daemons.faults.schedule import (
+    ENDLESS_S,
+    Due,
+    happens,
+    happens_in_turn,
+    own_length_s,
+    schedule,
+    turn_at,
+)
 
 OFTEN = """
 seed = {seed}
@@ -91,3 +101,28 @@ def test_the_plan_of_a_point_kills_there():
         (fault,) = parse_plan(Point(place, 5).plan(), "point").faults
         assert (fault.where, fault.what.value, fault.nth) == (place, "kill", 5)
     assert parse_plan(NO_FAULTS, "none").faults == ()
+
+
+@pytest.mark.parametrize(
+    ("when", "turns"),
+    [("at_s = 2", [0, 0, 1, 1, 1]), ("every_s = 0.5", [0, 2, 4, 6, 8])],
+)
+def test_faults_inside_a_daemon_may_have_times(when, turns):
+    (fault,) = plan_of(f'[[fault]]\nwhere="tis"\nwhat="kill"\n{when}').faults
+    assert [turn_at(fault, passed_s) for passed_s in (0, 1, 2, 3, 4)] == turns
+
+
+def test_what_is_due_again_and_again_may_happen_by_chance():
+    (fault,) = plan_of('[[fault]]\nwhere="tis"\nwhat="kill"\nevery_s=1\nprobability=0.3').faults
+    fates = [[happens_in_turn(fault, seed, n) for n in range(1, 1000)] for seed in (1, 1, 2)]
+    assert fates[0] == fates[1] != fates[2]
+    assert 250 < sum(fates[0]) < 350
+    (fault,) = plan_of('[[fault]]\nwhere="tis"\nwhat="kill"\nat_s=1').faults
+    assert happens_in_turn(fault, 0, 1)
+
+
+def test_a_run_with_times_only_ends_after_the_last():
+    text = '[[fault]]\nwhere="tis"\nwhat="busy-chip"\nfor_s=3\nat_s=4\n'
+    assert own_length_s(plan_of(text)) == 8
+    assert own_length_s(plan_of(text.replace("at_s", "every_s"))) == ENDLESS_S
+    assert own_length_s(plan_of(text.replace("at_s", "nth"))) == ENDLESS_S

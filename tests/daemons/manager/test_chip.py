@@ -8,6 +8,8 @@ import pytest
 
 from daemons.errors import ExitCode, Failure
 from daemons.manager.chip import ChipRefusal, ChipSecrets
+from daemons.tis_link import ChipFault
+from hwtpm.tis_driver import TisError, TisFault
 from protocol.constants import (
     CapabilityArea,
     EntityType,
@@ -148,6 +150,26 @@ def test_manager_killed_before_it_saw_the_answer_leaves_nothing(tmp_path: Path):
         _killed_with_sessions(bench.chip)
     del link.execute
     assert len(link.sessions()) == 1
+    bench.another().chip.start()
+    assert link.sessions() == ()
+
+
+def test_manager_starts_though_the_command_of_the_one_before_it_was_seized(tmp_path: Path):
+    link = owned_link()
+    bench = bench_on(link, tmp_path)
+    bench.chip.start()
+
+    def seized(_request: bytes) -> bytes:
+        raise ChipFault("run", TisError(TisFault.SEIZED, 2, "on purpose"))
+
+    link.execute = seized
+    with pytest.raises(ChipFault):
+        _killed_with_sessions(bench.chip)
+    del link.execute
+    assert bench.journal.exists(), "an outstanding command is written down"
+    link.resume = seized  # as long as nobody has asked for the locality again
+    bench.another().chip.start()
+    del link.resume
     bench.another().chip.start()
     assert link.sessions() == ()
 
@@ -379,3 +401,35 @@ def test_session_is_given_up_when_the_chip_does_not_answer(with_area: ChipBench)
     write_authorized(with_area)
     write_authorized(with_area)
     assert len(with_area.link.sessions()) == 1
+
+
+@pytest.mark.parametrize("has_run", [True, False])
+@pytest.mark.parametrize("nth", [1, 2])
+def test_authorized_command_that_was_seized_is_begun_anew(
+    with_area: ChipBench, nth: int, *, has_run: bool
+):
+    """Another locality seizes the TPM in the middle of the session's start, or of the command."""
+    link = with_area.link
+    genuine, asked = link.execute, []
+
+    def execute(request: bytes) -> bytes:
+        asked.append(request)
+        if len(asked) != nth:
+            return genuine(request)
+        if has_run:
+            genuine(request)
+        raise ChipFault("run", TisError(TisFault.SEIZED, 2, "on purpose"))
+
+    link.execute = execute
+    write_authorized(with_area, data=b"z")
+    assert link.engine.state.permanent.nv[5].data == b"z"
+    assert len(asked) == {1: 3, 2: 5}[nth]  # the session that was in use is flushed
+
+
+def test_authorized_command_that_is_seized_for_ever_fails(with_area: ChipBench):
+    def execute(_request: bytes) -> bytes:
+        raise ChipFault("run", TisError(TisFault.SEIZED, 2, "on purpose"))
+
+    with_area.link.execute = execute
+    with pytest.raises(ChipFault):
+        write_authorized(with_area)
