@@ -37,7 +37,8 @@ from daemons.listeners import start_time_of
 SPAWN_DEADLINE_S = 15.0
 """A fork server that is importing answers when it is done; far above the 0.2 s that takes."""
 SERVERS_AT_ONCE_MAX = 3
-"""Fork servers that may be killed one after the other without having been ready."""
+"""Fork servers that may end by a signal one after the other without having been ready. Once one was
+ready, SIGKILL is not counted: who is killed has not failed, and is wanted back each time."""
 FIRST_WORDS_BYTES_MAX = 65536
 
 log = structlog.get_logger()
@@ -239,7 +240,10 @@ class Spawner:
                 await trio.to_thread.run_sync(server.process.wait)
                 server.link.close()
                 said = server.pass_on_first_words()
-                unready_in_a_row = 0 if server.is_ready else unready_in_a_row + 1
+                was_killed = (
+                    server.process.returncode == -signal.SIGKILL and self._is_ready.is_set()
+                )
+                unready_in_a_row = 0 if server.is_ready else unready_in_a_row + (not was_killed)
                 for waiting in server.answers.values():
                     waiting.close()
                 if self._is_closing:

@@ -17,7 +17,7 @@ import trio
 from daemons.errors import Failure
 from daemons.launcher.fork_server import UNBORN_EXIT_STATUS, Order
 from daemons.launcher.processes import become_child_subreaper, is_alive, pss_kib_of, send_signal
-from daemons.launcher.spawner import Spawner, open_log
+from daemons.launcher.spawner import SERVERS_AT_ONCE_MAX, Spawner, open_log
 from daemons.listeners import start_time_of
 
 FAKES = Path(__file__).parents[2] / "fakes"
@@ -214,6 +214,20 @@ async def test_child_survives_its_fork_server_and_its_end_is_still_seen(tmp_path
         child.signal(signal.SIGTERM)
         assert await child.wait() == 0
         assert room.story()[-1]["event"] == "stopped"
+
+
+async def test_fork_server_that_is_killed_again_and_again_is_replaced_each_time(tmp_path):
+    """Each of these has not been ready yet. Nobody's daemons may stay away because of it."""
+    async with spawning(tmp_path) as room:
+        await room.spawner.ready()
+        killed = set()
+        while len(killed) < 2 * SERVERS_AT_ONCE_MAX:
+            pid = room.spawner.server_pid
+            if pid is not None and pid not in killed:
+                killed.add(pid)
+                os.kill(pid, signal.SIGKILL)
+            await trio.sleep(0.001)
+        assert await room.run("exiting", "0") == 0
 
 
 async def test_fork_server_stays_until_its_last_child_has_ended(tmp_path):
