@@ -276,12 +276,14 @@ class Spawner:
         gate_out, gate_in = os.pipe2(os.O_CLOEXEC)
         null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            with trio.move_on_after(SPAWN_DEADLINE_S):
+            # Each fork server has that long: the next one must not pay for one that was killed.
+            with trio.move_on_after(SPAWN_DEADLINE_S) as deadline:
                 while True:
                     descriptors = [null, _number(stdout), _number(stderr), gate_out]
                     child = await self._ask(order, descriptors, gate_in)
                     if child is not None:
                         return child
+                    deadline.deadline = trio.current_time() + SPAWN_DEADLINE_S
         except BaseException:
             os.close(gate_in)
             raise
