@@ -179,13 +179,15 @@ class Soak:
         count = max(1, round(self._for_s / CYCLE_S))
         lengths = {phase: share * self._for_s / count for phase, share in SHARES.items()}
         baseline: Moment | None = None
-        for number in range(1, count + 1):
-            self._show(f"cycle {number} of {count}")
+        begun = time.monotonic()
+        # A busy machine needs longer to be whole again after a storm: then there are fewer cycles.
+        while (passed := (time.monotonic() - begun) / self._for_s) < 1:
+            self._show(f"a cycle, {passed:.0%} of the time has passed")
             for phase in (self._calm, self._siege, self._storm, self._damage):
                 name = phase.__name__.strip("_")
                 self._begin(name)
                 if name == "storm":
-                    self._storms_are_mild = number > count * (1 - SPARED_TAIL) and count > 1
+                    self._storms_are_mild = passed > 1 - SPARED_TAIL
                 phase(lengths[name])
                 if name == "calm" and count == 1:
                     baseline = self._look("baseline")
