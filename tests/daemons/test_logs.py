@@ -125,7 +125,7 @@ def test_debug_lines_and_tracebacks_are_all_written(configured):
     for _ in range(logs.LINES_AT_ONCE * 2):
         log.debug("d")
         try:
-            raise ValueError
+            int("no number")
         except ValueError:
             log.exception("e")
     events = [line.split()[3] for line in stream.getvalue().splitlines() if "vtpmd" in line]

@@ -19,7 +19,13 @@ from typing import Final
 
 from daemons.errors import Failure
 from tests.soak.program import Program, resting
-from tests.system.scratch_stack import MANAGER, NotSeenError, ScratchStack, kill_and_wait
+from tests.system.scratch_stack import (
+    MANAGER,
+    NotSeenError,
+    ScratchStack,
+    kill_and_wait,
+    wait_until,
+)
 
 CHIP: Final = "hwtpm"
 LAUNCHER: Final = "Domain-0"
@@ -31,6 +37,8 @@ STOP_S: Final = (0.05, 1.5)
 BACK_S: Final = 120.0
 """How long the stack may take to be whole again."""
 PAGE_BYTES: Final = 4096
+HEADER_BYTES: Final = 32
+"""No store has a shorter one."""
 
 Tell = Callable[..., None]
 """Called with the name of an event and its values."""
@@ -171,8 +179,8 @@ def one_bit_a_page(content: bytes, chance: random.Random) -> bytes:
 
 
 def cut_short(content: bytes, chance: random.Random) -> bytes:
-    """Keep less than a page."""
-    return content[: chance.randrange(1, PAGE_BYTES)]
+    """Keep less than a header: of a journal that has just begun, half a page is all there is."""
+    return content[: chance.randrange(1, HEADER_BYTES)]
 
 
 def zeros(content: bytes, _chance: random.Random) -> bytes:
@@ -242,12 +250,15 @@ class Vandal:
         damaged = damage(good, self._chance)
         write_in_place(file, damaged)
         kill_and_wait(stack.pid(domain))
-        row = stack.until_state(domain, "failed")
-        self._check(file, damaged, str(row["state"]))
+        wait_until(
+            lambda: str(stack.row(domain)["state"]).startswith("failed"),
+            f"{domain} is refused, with its {file.name} {damage.__name__}",
+            BACK_S,
+        )
+        self._check(file, damaged, str(stack.row(domain)["state"]))
         self.refusals += 1
         write_in_place(file, good)
         stack.vtpm("reboot", domain)
-        stack.until_running(domain)
 
     def _check(self, file: Path, damaged: bytes, state: str) -> None:
         reason = state.removeprefix("failed").strip(": ")
