@@ -26,6 +26,7 @@ from daemons.guest import loader
 from daemons.guest.boot_image import BootImage
 from daemons.guest.measurements import Measurement, forget_measurements, write_measurements
 from daemons.guest.tpm0 import CLIENTS_MAX, Tpm0Device
+from daemons.guest.tpm0_stream import STALL_S
 from daemons.listeners import Kind, activated_or_listen
 from daemons.places import DomainPlaces, Places
 from daemons.registry import DomainRecord, Registry
@@ -58,6 +59,8 @@ class GuestdSettings:
     log_level: str = "info"
     clients_max: int = CLIENTS_MAX
     """Programs that have tpm0 open at the same time."""
+    stall_s: float = STALL_S
+    """How long a program may take within one command, and to read one response, in seconds."""
     reconnect_s: float = 60.0
     """How long a command waits for a vTPM that went away."""
 
@@ -210,7 +213,11 @@ class Guest:
             await _with_ring(ring, partial(ring.connect, VTPM_WAIT_S))
             clients_max = self._chosen.clients_max
             device = Tpm0Device(
-                ring.exchange, self._status.note, ring.close, clients_max=clients_max
+                ring.exchange,
+                self._status.note,
+                ring.close,
+                clients_max=clients_max,
+                stall_s=self._chosen.stall_s,
             )
             self._status.runs(f"running {title}")
             listener = activated_or_listen(SOCKET_NAME, self._own.tpm0, Kind.STREAM)

@@ -255,7 +255,11 @@ class _Launcher:
                 domains = Domains(stack, chip)
                 methods = Methods(stack, chip, domains, Devices(stack, domains), self._ended.set)
                 server = ControlServer(
-                    methods.table(), nursery, self._settings.control_connections_max
+                    methods.table(),
+                    nursery,
+                    self._settings.control_connections_max,
+                    requests_max=self._settings.control_requests_max,
+                    send_s=self._settings.control_send_s,
                 )
                 nursery.start_soon(self._spawner.run)
                 await nursery.start(

@@ -6,6 +6,9 @@ goes there with its fields (`systemd_journal.py`).
 - Texts that come from outside (names, reasons, labels) cannot forge a line or drive a terminal:
   control characters are escaped, and long texts are cut.
 - A log that cannot be written (disk full, reader gone) never stops the daemon.
+- Nobody can fill a disk with lines: of one event, whoever causes it, there are `LINES_AT_ONCE` and
+  then `LINES_A_SECOND`; the next one that is written says how many were left out. Debug lines,
+  which somebody has asked for, and tracebacks are all written.
 - Secrets do not come here at all: their types hide themselves.
 - structlog is imported when logging is set up: it brings rich and asyncio along, 60 ms and 10 MB
   that a program which writes two lines (`write_line`) need not pay.
@@ -17,7 +20,8 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Mapping, MutableMapping
+import time
+from collections.abc import Callable, Mapping, MutableMapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, TextIO
@@ -28,6 +32,10 @@ from daemons.systemd_journal import PRIORITIES, Journal, field_name, is_our_stde
 LEVELS: Final = {"error": 40, "info": 20, "debug": 10}
 """The names of xl's `loglevel=`, and structlog's numbers for them."""
 TEXT_CHARS_MAX: Final = 1024
+LINES_AT_ONCE: Final = 200
+"""Lines of one event that are written however fast they come."""
+LINES_A_SECOND: Final = 1.0
+"""Lines of one event in the long run: 15 kB a minute."""
 
 EventDict = MutableMapping[str, Any]
 
@@ -69,11 +77,24 @@ def configure(
         event["time"] = datetime.now(UTC).isoformat(timespec="milliseconds")
         return event
 
+    allowance = Allowance()
+
+    def leave_out(_logger: object, method: str, event: EventDict) -> EventDict:
+        if method == "debug" or event.get("exc_info"):
+            return event
+        left_out = allowance.take(str(event["event"]))
+        if left_out is None:
+            raise structlog.DropEvent
+        if left_out:
+            event["left_out"] = left_out
+        return event
+
     is_journal = stream is None and not as_json and is_our_stderr(os.environ)
     render = render_json if as_json else render_line
     journal = _Entries(Journal()) if is_journal else None
     structlog.configure(
         processors=[
+            leave_out,
             structlog.processors.add_log_level,
             bind,
             structlog.processors.format_exc_info,
@@ -83,6 +104,36 @@ def configure(
         logger_factory=lambda *_: journal or _Lines(stream or sys.stderr),
         cache_logger_on_first_use=False,
     )
+
+
+class Allowance:
+    """How many lines of each event may be written now.
+
+    Events are named in the source, so there are few. Two threads that count at the same moment may
+    let one line too many through.
+
+    Args:
+        clock: Seconds, from anywhere.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._events: dict[str, tuple[float, float, int]] = {}  # allowed, at which time; left out
+
+    def take(self, event: str) -> int | None:
+        """Ask for a line.
+
+        Returns:
+            How many of this event were left out since the last one; None when this is left out.
+        """
+        now = self._clock()
+        allowed, then, left_out = self._events.get(event, (float(LINES_AT_ONCE), now, 0))
+        allowed = min(float(LINES_AT_ONCE), allowed + (now - then) * LINES_A_SECOND)
+        if allowed < 1:
+            self._events[event] = allowed, now, left_out + 1
+            return None
+        self._events[event] = allowed - 1, now, 0
+        return left_out
 
 
 def get_logger() -> Any:  # noqa: ANN401 - structlog's own type, which is not imported here
@@ -99,8 +150,8 @@ def get_logger() -> Any:  # noqa: ANN401 - structlog's own type, which is not im
 
 def write_line(program: str, level: str, event: str, /, **values: object) -> None:
     """Write one line to stderr, in the readable form, without setting anything up."""
-    time = datetime.now(UTC).isoformat(timespec="milliseconds")
-    line = {"event": event, "program": program, "level": level, "time": time, **values}
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    line = {"event": event, "program": program, "level": level, "time": now, **values}
     _Lines(sys.stderr).info(render_line(None, level, line))
 
 
@@ -143,11 +194,11 @@ def escape(text: str) -> str:
 
 def render_line(_logger: object, _method: str, event: EventDict) -> str:
     """Write `TIME level program[domain] event key=value ...`; a traceback goes on its own lines."""
-    time, level = event.pop("time"), event.pop("level")
+    at, level = event.pop("time"), event.pop("level")
     program, domain = event.pop("program"), event.pop("domain", None)
     traceback = event.pop("exception", None)
     who = program if domain is None else f"{program}[{escape(str(domain))}]"
-    parts = [f"{time} {level:<5} {who}", escape(str(event.pop("event")))]
+    parts = [f"{at} {level:<5} {who}", escape(str(event.pop("event")))]
     parts += [f"{name}={_shown(value)}" for name, value in event.items()]
     lines = [" ".join(parts)]
     if traceback:

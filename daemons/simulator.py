@@ -281,8 +281,14 @@ def _run(options: Options, signals: Signals) -> None:
     simulator.power_off()
 
 
+_ALLOWANCE: Final = logs.Allowance()
+
+
 def _log(level: str, event: str, /, **values: object) -> None:
-    logs.write_line(PROGRAM, level, event, **values)
+    left_out = _ALLOWANCE.take(event)
+    if left_out is not None:
+        more = {"left_out": left_out} if left_out else {}
+        logs.write_line(PROGRAM, level, event, **values, **more)
 
 
 def _tell_unanswered(failure: Failure, peer_pid: int) -> None:

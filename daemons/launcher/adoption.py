@@ -20,17 +20,21 @@ from typing import Final
 import structlog
 import trio
 
-from daemons.errors import Failure
+from daemons.errors import ExitCode, Failure
 from daemons.journal import boot_id
 from daemons.launcher.last_words import read_last_words
 from daemons.launcher.processes import is_alive, send_signal
 from daemons.launcher.supervisor import Launched
 from daemons.places import CHIP_NAME, Places
+from daemons.private_files import UnsafeFile, read_checked
 from daemons.registry import DomainRecord, Registry, Role
+from daemons.xl.domain_config import parse_domain
 
 MARKER_NAME: Final = "powered"
 READY_NAME: Final = "ready"
 """In a domain's run directory, beside its journal: one of its processes was ready."""
+MARKER_BYTES_MAX: Final = 64
+CONFIG_BYTES_MAX: Final = 1 << 20
 _STOPPED: Final = "T"
 
 log = structlog.get_logger()
@@ -114,23 +118,73 @@ def find_old_stack(places: Places) -> OldStack | None:
         None when there is nothing: no stack was up, or the machine was booted since.
 
     Raises:
-        DamagedRegistry: A record cannot be believed.
+        Failure: Something of it is damaged. Nothing was touched, and what serves goes on serving.
     """
-    try:
-        marker = _marker(places).read_text(encoding="ascii")
-    except (OSError, UnicodeDecodeError):
-        return None
     registry = Registry(places.registry)
     chip = registry.get(CHIP_NAME)
-    if marker != boot_id().hex() or chip is None:
-        return None
     others = [record for record in registry.all() if record.role not in {Role.DOMAIN0, Role.HWTPM}]
+    marker = read_checked(_marker(places), MARKER_BYTES_MAX)
+    if marker != boot_id().hex().encode("ascii") or chip is None:
+        _require_nobody(places, marker, others)
+        return None
     configs = {}
     for record in others:
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            configs[record.name] = places.domain(record.name).config.read_text(encoding="utf-8")
+        text = _config_of(places, record)
+        if text is not None:
+            configs[record.name] = text
     domains = tuple(sorted(others, key=lambda record: record.domid))
     return OldStack(chip=chip, domains=domains, configs=configs)
+
+
+def _require_nobody(places: Places, marker: bytes | None, others: list[DomainRecord]) -> None:
+    """Before the chip has its power nothing starts above it, and no process outlives a boot."""
+    alive = [
+        record.name
+        for record in others
+        if record.pid and record.start_time and is_alive(record.pid, record.start_time)
+        if places.domain(record.name).config.exists()  # else it was not started by a launcher
+    ]
+    if alive:
+        mark = "is gone" if marker is None else "is not of this boot"
+        raise _cannot_take_over(
+            f"the mark {_marker(places)} that the chip has its power {mark},"
+            f" and yet {', '.join(alive)} run{'s' if len(alive) == 1 else ''}"
+        )
+
+
+def _config_of(places: Places, record: DomainRecord) -> str | None:
+    """The config file of a domain; None when no launcher has started it."""
+    path = places.domain(record.name).config
+    try:
+        content = read_checked(path, CONFIG_BYTES_MAX)
+        if content is None:
+            if record.pid is None or not path.parent.is_dir():
+                return None
+            raise _cannot_take_over(f"{path} is gone")
+        text = content.decode("utf-8")
+        config = parse_domain(text, str(path))
+    except UnicodeDecodeError as error:
+        raise _cannot_take_over(f"{path} is no text") from error
+    except UnsafeFile as failure:
+        raise _cannot_take_over(f"{failure.what}: {failure.why}") from failure
+    except Failure as failure:
+        raise _cannot_take_over(f"{path} is damaged: {failure.why}") from failure
+    if (config.name, config.role) != (record.name, record.role):
+        raise _cannot_take_over(
+            f"{path} is the config of the {config.role.value} {config.name},"
+            f" not of the {record.role.value} {record.name}"
+        )
+    return text
+
+
+def _cannot_take_over(why: str) -> Failure:
+    return Failure(
+        "cannot take over what an earlier launcher has left",
+        why=why,
+        next_step="What serves goes on serving. Put the file back, then: vtpm up. Or end all of it"
+        " in order, and start afresh: vtpm down",
+        exit_code=ExitCode.DAMAGED,
+    )
 
 
 def launched_before(places: Places, record: DomainRecord) -> Launched | None:

@@ -104,7 +104,10 @@ class ControlServer:
     Args:
         methods: Name to method.
         requests: Where requests run; it outlives the connections.
-        connections_max: Clients at the same time; more are told to wait.
+        connections_max: Clients at the same time. One more takes the place of the first that has
+            no request under way; if each has one, it is told to wait.
+        requests_max: Requests of one client under way at the same time.
+        send_s: How long a client may leave its answers unread, in seconds.
     """
 
     def __init__(
@@ -112,11 +115,16 @@ class ControlServer:
         methods: Mapping[str, Method],
         requests: trio.Nursery,
         connections_max: int = CONNECTIONS_MAX,
+        *,
+        requests_max: int = REQUESTS_PER_CONNECTION_MAX,
+        send_s: float = SEND_S,
     ) -> None:
         self._methods = methods
         self._connections_max = connections_max
+        self._requests_max = requests_max
+        self._send_s = send_s
         self._requests = requests
-        self._open_connections = 0
+        self._clients: dict[_Client, trio.CancelScope] = {}  # the one that came first is first
         self._open_requests = 0
         self._request_done = trio.Event()
 
@@ -141,24 +149,38 @@ class ControlServer:
 
     async def _handle(self, stream: trio.SocketStream) -> None:
         peer = peer_credentials(cast("socket.socket", stream.socket))
-        client = _Client(stream)
+        client = _Client(stream, self._send_s)
         async with stream:
             if peer.uid not in {0, os.geteuid()}:
                 await client.send_failure(None, _stranger(peer.uid))
                 return
-            if self._open_connections >= self._connections_max:
-                why = f"{self._connections_max} clients are connected already"
+            if len(self._clients) >= self._connections_max and not self._end_an_idle_one():
+                why = f"{self._connections_max} clients have requests under way already"
                 await client.send_failure(None, BadRequest(why, "Wait until one of them is done"))
                 return
-            self._open_connections += 1
-            try:
-                await self._serve_client(client)
-            except (trio.BrokenResourceError, trio.ClosedResourceError):
-                pass  # it left; what it asked for goes on
-            finally:
-                self._open_connections -= 1
+            with trio.CancelScope() as scope:
+                self._clients[client] = scope
+                try:
+                    await self._serve_client(client)
+                except (trio.BrokenResourceError, trio.ClosedResourceError):
+                    pass  # it left; what it asked for goes on
+                finally:
+                    self._clients.pop(client, None)
             # Answers still to come keep the stream open, unless nobody reads them.
             await client.all_answered()
+
+    def _end_an_idle_one(self) -> bool:
+        """Make room: who waits for nothing loses nothing, and may come again.
+
+        Otherwise connections on which nobody says anything would keep the owner of the stack out.
+        """
+        for client, scope in self._clients.items():
+            if not client.open_requests:
+                del self._clients[client]
+                scope.cancel()
+                log.info("client sent away", reason="it asked for nothing, and others came")
+                return True
+        return False
 
     async def _serve_client(self, client: _Client) -> None:
         async for line in client.lines():
@@ -167,8 +189,8 @@ class ControlServer:
             except BadRequest as failure:
                 await client.send_failure(_number_of(line), failure)
                 continue
-            if client.open_requests >= REQUESTS_PER_CONNECTION_MAX:
-                why = f"{REQUESTS_PER_CONNECTION_MAX} requests of this client are under way already"
+            if client.open_requests >= self._requests_max:
+                why = f"{self._requests_max} requests of this client are under way already"
                 await client.send_failure(request.number, BadRequest(why, "Wait for their answers"))
                 continue
             client.open_requests += 1
@@ -226,8 +248,9 @@ class ControlServer:
 class _Client:
     """One connection: lines in, answers out; an answer to one who left goes nowhere."""
 
-    def __init__(self, stream: trio.SocketStream) -> None:
+    def __init__(self, stream: trio.SocketStream, send_s: float) -> None:
         self._stream = stream
+        self._send_s = send_s
         self._sending = trio.Lock()
         self._idle = trio.Event()
         self._has_left = False
@@ -259,7 +282,7 @@ class _Client:
             if self._has_left:
                 return
             try:
-                with trio.fail_after(SEND_S):
+                with trio.fail_after(self._send_s):
                     await self._stream.send_all(line)
             except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
                 self._has_left = True

@@ -13,7 +13,12 @@ class LauncherSettings:
 
     log_level: str = "info"
     control_connections_max: int = 64
-    """Programs that talk to the launcher at the same time."""
+    """Programs that talk to the launcher at the same time. One more ends the oldest that waits for
+    nothing."""
+    control_requests_max: int = 16
+    """Requests of one program under way at the same time."""
+    control_send_s: float = 5.0
+    """How long a program may leave its answers unread, in seconds; then it has left."""
     destroy_drain_s: float = 2.0
     """From SIGTERM to SIGKILL where a domain ends at once (destroy, death of what it needs)."""
     backend_wait_s: float = 20.0

@@ -37,7 +37,8 @@ from daemons.listeners import start_time_of
 SPAWN_DEADLINE_S = 15.0
 """A fork server that is importing answers when it is done; far above the 0.2 s that takes."""
 SERVERS_AT_ONCE_MAX = 3
-"""Fork servers that may be killed one after the other without having been ready."""
+"""Fork servers that may end by a signal one after the other without having been ready. Once one was
+ready, SIGKILL is not counted: who is killed has not failed, and is wanted back each time."""
 FIRST_WORDS_BYTES_MAX = 65536
 
 log = structlog.get_logger()
@@ -239,7 +240,10 @@ class Spawner:
                 await trio.to_thread.run_sync(server.process.wait)
                 server.link.close()
                 said = server.pass_on_first_words()
-                unready_in_a_row = 0 if server.is_ready else unready_in_a_row + 1
+                was_killed = (
+                    server.process.returncode == -signal.SIGKILL and self._is_ready.is_set()
+                )
+                unready_in_a_row = 0 if server.is_ready else unready_in_a_row + (not was_killed)
                 for waiting in server.answers.values():
                     waiting.close()
                 if self._is_closing:
@@ -272,12 +276,14 @@ class Spawner:
         gate_out, gate_in = os.pipe2(os.O_CLOEXEC)
         null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            with trio.move_on_after(SPAWN_DEADLINE_S):
+            # Each fork server has that long: the next one must not pay for one that was killed.
+            with trio.move_on_after(SPAWN_DEADLINE_S) as deadline:
                 while True:
                     descriptors = [null, _number(stdout), _number(stderr), gate_out]
                     child = await self._ask(order, descriptors, gate_in)
                     if child is not None:
                         return child
+                    deadline.deadline = trio.current_time() + SPAWN_DEADLINE_S
         except BaseException:
             os.close(gate_in)
             raise

@@ -51,6 +51,9 @@ LESSONS = {
         _CHIP_MEMORY + "open_does_not_follow_a_link",
         _LISTENERS + "lock_on_a_hard_link_is_refused",
         "daemons/manager/test_handle_journal.py::test_symbolic_link_is_not_followed",
+        ("daemons/launcher/test_domains.py"
+         "::test_launcher_that_cannot_take_over_says_why_and_disturbs_nobody"),
+        "system/test_damage_matrix.py::test_damage_is_refused_or_does_not_matter",
     ),
     "C5": (
         "CVE-2020-24330 to -24332: tcsd's files and rights were its user's to change",
@@ -134,6 +137,9 @@ LESSONS = {
         _TPM0 + "client_that_stalls_inside_a_command_is_let_go",
         "daemons/test_service.py::test_excess_connections_are_closed_and_cost_the_others_nothing",
         "daemons/test_tis_server.py::test_peer_that_reads_no_answers_ends_alone",
+        ("daemons/launcher/test_control.py"
+         "::test_connections_on_which_nobody_asks_anything_keep_nobody_out"),
+        "system/test_hostile_peers.py::test_attacks_at_every_door_at_once_cost_nobody_anything",
     ),
     "C23": (
         "GHSA-6xx7-m45w-76m2: what came in had no limit",
@@ -209,6 +215,7 @@ LESSONS = {
         "any_bytes/test_sockets.py::test_simulator_stays_flat_over_garbage_clients",
         _RING + "descriptors_and_threads_stay_flat_over_many_connections",
         "daemons/test_service.py::test_descriptors_stay_flat_over_many_connections",
+        "system/test_hostile_peers.py::test_thousands_of_connects_leave_nothing",
     ),
     "F9": (
         "tpm-emulator: Quote2, MakeIdentity, NV and CMK commands were wrong for years",

@@ -105,3 +105,41 @@ def test_log_that_cannot_be_written_does_not_stop_the_daemon():
     logs.configure("vtpmd", stream=closed)
     structlog.get_logger().error("x")
     structlog.reset_defaults()
+
+
+# -- too many lines --------------------------------------------------------------------------------
+
+
+def test_nobody_can_fill_a_disk_with_lines_of_one_event(configured):
+    log, stream = configured()
+    for number in range(logs.LINES_AT_ONCE * 10):
+        log.info("peer refused", peer_pid=number)
+    log.info("ring connected")
+    lines = stream.getvalue().splitlines()
+    assert logs.LINES_AT_ONCE <= len(lines) < 2 * logs.LINES_AT_ONCE
+    assert "ring connected" in lines[-1]
+
+
+def test_debug_lines_and_tracebacks_are_all_written(configured):
+    log, stream = configured(level="debug")
+    for _ in range(logs.LINES_AT_ONCE * 2):
+        log.debug("d")
+        try:
+            int("no number")
+        except ValueError:
+            log.exception("e")
+    events = [line.split()[3] for line in stream.getvalue().splitlines() if "vtpmd" in line]
+    assert events.count("d") == events.count("e") == logs.LINES_AT_ONCE * 2
+
+
+def test_line_after_those_left_out_says_how_many_they_were():
+    now = 0.0
+    allowance = logs.Allowance(lambda: now)
+    taken = [allowance.take("refused") for _ in range(logs.LINES_AT_ONCE + 3)]
+    assert taken == [0] * logs.LINES_AT_ONCE + [None] * 3
+    assert allowance.take("connected") == 0, "others are counted on their own"
+    now += 1 / logs.LINES_A_SECOND
+    assert allowance.take("refused") == 3
+    assert allowance.take("refused") is None
+    now += 10 * logs.LINES_AT_ONCE / logs.LINES_A_SECOND
+    assert [allowance.take("refused") for _ in range(3)] == [1, 0, 0]

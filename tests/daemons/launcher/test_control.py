@@ -256,13 +256,29 @@ async def test_clients_are_limited(tmp_path):
     async with serving(tmp_path) as desk:
         lines = [await desk.connect() for _ in range(CONNECTIONS_MAX)]
         await wait_all_tasks_blocked()
+        for line in lines:
+            assert "progress" in await line.ask({"id": 1, "method": "wait"})
         one_more = await desk.connect()
-        assert "connected already" in (await one_more.receive())["error"]["why"]
+        assert "under way already" in (await one_more.receive())["error"]["why"]
         for line in lines:
             await line.stream.aclose()
         await wait_all_tasks_blocked()
         again = await desk.connect()
         assert "error" in await again.ask({"id": 1, "method": "fail"})
+
+
+async def test_connections_on_which_nobody_asks_anything_keep_nobody_out(tmp_path):
+    async with serving(tmp_path) as desk:
+        waiting = await desk.connect()
+        assert "progress" in await waiting.ask({"id": 1, "method": "wait"})
+        half_open = [await desk.connect() for _ in range(2 * CONNECTIONS_MAX)]
+        await half_open[-1].stream.send_all(b'{"id": 1, "met')  # said, but not yet all of it
+        await wait_all_tasks_blocked()
+        owner = await desk.connect()
+        assert "error" in await owner.ask({"id": 1, "method": "fail"})
+        assert await half_open[0].receive() is None, "the oldest of them was sent away"
+        desk.gate.set()
+        assert await waiting.receive() == {"id": 1, "result": "waited"}
 
 
 @pytest.mark.parametrize(("uid", "is_heard"), [(0, True), (os.geteuid(), True), (12345, False)])

@@ -960,11 +960,77 @@ def test_domain_that_was_waiting_is_started_by_the_next_launcher(stack):
 
 def test_stack_whose_machine_was_booted_since_is_not_taken_over(stack):
     stack.create_chain()
+    rows = stack.call("list")[1:]
     kill_launcher(stack)
     (stack.places.run / "powered").write_text("00" * 16)
+    for row in rows:  # no process outlives a boot; the chip stays, to show that it is ended
+        kill(row)
     stack.start()
     assert [row["name"] for row in stack.call("list")] == ["Domain-0"]
-    assert stack.names("stopped") == ["guest1", "vtpm-guest1", "vtpmmgr", "hwtpm"]
+    assert stack.names("stopped") == ["hwtpm"]
+
+
+def mark_gone(stack):
+    (stack.places.run / "powered").unlink()
+
+
+def mark_zeroed(stack):
+    (stack.places.run / "powered").write_bytes(bytes(32))
+
+
+def mark_that_is_a_fifo(stack):
+    mark_gone(stack)
+    os.mkfifo(stack.places.run / "powered", 0o600)
+
+
+def config_gone(stack):
+    stack.places.domain("vtpm-guest1").config.unlink()
+
+
+def config_of_another(stack):
+    path = stack.places.domain("vtpm-guest1").config
+    path.write_text(numbered(VTPM, 2))
+
+
+def config_cut_short(stack):
+    path = stack.places.domain("vtpm-guest1").config
+    path.write_text(path.read_text()[:40])
+
+
+def config_that_is_a_fifo(stack):
+    config_gone(stack)
+    os.mkfifo(stack.places.domain("vtpm-guest1").config, 0o600)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        mark_gone,
+        mark_zeroed,
+        mark_that_is_a_fifo,
+        config_gone,
+        config_of_another,
+        config_cut_short,
+        config_that_is_a_fifo,
+    ],
+    ids=lambda damage: damage.__name__,
+)
+def test_launcher_that_cannot_take_over_says_why_and_disturbs_nobody(stack, damage):
+    """Neither may another's config be believed, nor all be ended because a mark is damaged."""
+    stack.create_chain()
+    alive = {
+        row["pid"]: start_time_of(row["pid"]) for row in [*stack.call("list")[1:], stack.chip()]
+    }
+    kill_launcher(stack)
+    damage(stack)
+    launcher = stack.spawn_launcher()
+    assert launcher.wait(DEADLINE_S) in {ExitCode.DAMAGED, ExitCode.CONFIGURATION}
+    said = stack.launcher_log()
+    assert str(stack.places.run) in said
+    assert "next_step=" in said
+    assert all(is_alive(pid, start_time) for pid, start_time in alive.items())
+    end_leftovers(stack.places)
+    stack.until(lambda: stack.what_is_left() == [], "everything can be ended in order")
 
 
 def test_stack_without_a_launcher_can_be_ended(stack):

@@ -15,9 +15,10 @@ import pytest
 import trio
 
 from daemons.errors import Failure
+from daemons.launcher import spawner as spawner_module
 from daemons.launcher.fork_server import UNBORN_EXIT_STATUS, Order
 from daemons.launcher.processes import become_child_subreaper, is_alive, pss_kib_of, send_signal
-from daemons.launcher.spawner import Spawner, open_log
+from daemons.launcher.spawner import SERVERS_AT_ONCE_MAX, Spawner, open_log
 from daemons.listeners import start_time_of
 
 FAKES = Path(__file__).parents[2] / "fakes"
@@ -214,6 +215,46 @@ async def test_child_survives_its_fork_server_and_its_end_is_still_seen(tmp_path
         child.signal(signal.SIGTERM)
         assert await child.wait() == 0
         assert room.story()[-1]["event"] == "stopped"
+
+
+async def test_fork_server_that_is_killed_again_and_again_is_replaced_each_time(tmp_path):
+    """Each of these has not been ready yet. Nobody's daemons may stay away because of it."""
+    async with spawning(tmp_path) as room:
+        await room.spawner.ready()
+        killed = set()
+        while len(killed) < 2 * SERVERS_AT_ONCE_MAX:
+            pid = room.spawner.server_pid
+            if pid is not None and pid not in killed:
+                killed.add(pid)
+                os.kill(pid, signal.SIGKILL)
+            await trio.sleep(0.001)
+        assert await room.run("exiting", "0") == 0
+
+
+async def test_order_outlives_fork_servers_that_are_killed_for_longer_than_its_deadline(
+    tmp_path, monkeypatch
+):
+    """The deadline is for one that is silent; whoever follows one that was killed has it anew."""
+    async with spawning(tmp_path) as room:
+        await room.spawner.ready()
+        monkeypatch.setattr(spawner_module, "SPAWN_DEADLINE_S", 3.0)
+        begun, killed, statuses = trio.current_time(), set(), []
+
+        async def order() -> None:
+            statuses.append(await room.run("exiting", "0"))
+
+        os.kill(room.spawner.server_pid, signal.SIGSTOP)  # so that it answers nothing meanwhile
+        async with trio.open_nursery() as ordering:
+            ordering.start_soon(order)
+            while trio.current_time() - begun < 4.0:
+                pid = room.spawner.server_pid
+                if pid is not None and pid not in killed:
+                    killed.add(pid)
+                    await trio.sleep(0.02)
+                    os.kill(pid, signal.SIGKILL)
+                await trio.sleep(0.001)
+        assert statuses == [0]
+        assert len(killed) > 1
 
 
 async def test_fork_server_stays_until_its_last_child_has_ended(tmp_path):
