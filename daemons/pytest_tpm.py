@@ -49,17 +49,21 @@ class Choice:
         seed: The same keys, nonces and random bytes in every run.
         has_ek: With an endorsement key, as from most makers.
         is_ephemeral: Keeps nothing; `restart` then gives a new TPM.
+        fails_self_test: Goes into failure mode as soon as it tests itself.
     """
 
     seed: int | None = None
     has_ek: bool = True
     is_ephemeral: bool = False
+    fails_self_test: bool = False
 
     def options(self, state: Path) -> list[str]:
         """Of the command."""
         words = ["--ephemeral"] if self.is_ephemeral else ["--state", str(state)]
         if self.seed is not None:
             words += ["--seed", str(self.seed)]
+        if self.fails_self_test:
+            words += ["--fail-self-test"]
         return words if self.has_ek else [*words, "--no-ek"]
 
 
@@ -190,7 +194,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Make the mark known."""
     config.addinivalue_line(
         "markers",
-        f"{_MARK}(seed=None, has_ek=True, is_ephemeral=False): options of the test's TPM simulator",
+        f"{_MARK}(seed=None, has_ek=True, is_ephemeral=False, fails_self_test=False): options of "
+        "the test's TPM simulator",
     )
 
 

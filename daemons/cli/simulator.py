@@ -29,6 +29,7 @@ def parser(program: str) -> argparse.ArgumentParser:
         type=int,
         help="The same TPM in every run. Not for secrets.",
     )
+    add("--fail-self-test", action="store_true", help="Be broken: go into failure mode.")
     return options
 
 
@@ -52,6 +53,7 @@ def _run(chosen: argparse.Namespace, refuse: Callable[[str], Any]) -> int:
             has_ek=not chosen.no_ek,
             is_ephemeral=chosen.ephemeral,
             seed=chosen.seed,
+            fails_self_test=chosen.fail_self_test,
         )
     )
 
