@@ -50,12 +50,14 @@ class Choice:
         has_ek: With an endorsement key, as from most makers.
         is_ephemeral: Keeps nothing; `restart` then gives a new TPM.
         has_journal: `crash` leaves PCRs, sessions and keys as they are; else it is a power cycle.
+        fails_self_test: Goes into failure mode as soon as it tests itself.
     """
 
     seed: int | None = None
     has_ek: bool = True
     is_ephemeral: bool = False
     has_journal: bool = False
+    fails_self_test: bool = False
 
     def options(self, state: Path) -> list[str]:
         """Of the command."""
@@ -64,6 +66,8 @@ class Choice:
             words += ["--seed", str(self.seed)]
         if self.has_journal:
             words.append("--journal")
+        if self.fails_self_test:
+            words += ["--fail-self-test"]
         return words if self.has_ek else [*words, "--no-ek"]
 
 
@@ -202,8 +206,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Make the mark known."""
     config.addinivalue_line(
         "markers",
-        f"{_MARK}(seed=None, has_ek=True, is_ephemeral=False, has_journal=False): options of the"
-        " test's TPM simulator",
+        f"{_MARK}(seed=None, has_ek=True, is_ephemeral=False, has_journal=False, "
+        "fails_self_test=False): options of the test's TPM simulator",
     )
 
 

@@ -1,6 +1,7 @@
 """The engine alone: one TPM 1.2 on a raw stream socket, in place of a chip or of swtpm.
 
-    vtpm simulator --state DIR --socket PATH [--journal] [--no-ek] [--ephemeral] [--seed N]
+    vtpm simulator --state DIR --socket PATH
+        [--journal] [--no-ek] [--ephemeral] [--seed N] [--fail-self-test]
 
 Same engine, same store and same promises as the hardware TPM: permanent state is synced into
 DIR/tpm.nv before a command is answered. One or many clients; each command runs whole.
@@ -10,11 +11,14 @@ first command is not a TPM_Startup; so it suits clients that send one and client
 SIGHUP is a power cycle, SIGTERM ends it. To kill it is a power cycle too, unless it keeps a journal
 (DIR/journal): then the next one goes on where the killed one was, as a vTPM does. With a seed it
 makes the same keys, nonces and random bytes in every run, and says so in its TPM_CAP_VERSION_VAL.
+It can be told to fail its self-test, so that a program's way with a TPM in failure mode can be
+seen; nothing of that is kept.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import os
 import signal
@@ -59,6 +63,7 @@ class Options:
     is_ephemeral: bool = False
     has_journal: bool = False
     seed: int | None = None
+    fails_self_test: bool = False
 
 
 class EphemeralStore:
@@ -164,12 +169,15 @@ def open_simulator(options: Options) -> Simulator:
     if options.seed is not None:
         profile, rng = SEEDED, SeededRng(options.seed)
         key_generator = SeededKeyGenerator(rng)
-    tpm = _open_tpm(options, store, profile=profile, rng=rng, key_generator=key_generator)
+    made = functools.partial(_open_tpm, options, store, rng=rng, key_generator=key_generator)
+    tpm = made(profile=profile)
     simulator = Simulator(tpm)
     if tpm.is_new and options.has_ek:
         simulator.make_endorsement_key()
     elif tpm.is_new:
         tpm.save_as_new()
+    if options.fails_self_test:  # from now on: a broken TPM makes no key
+        return Simulator(made(profile=dataclasses.replace(profile, fails_self_test=True)))
     return simulator
 
 

@@ -304,13 +304,13 @@ def _bound_again(tpm: Tpm, saved: SavedSession, entity_handle: int | None) -> Se
     session = saved.session
     if session.protocol == OIAP:
         return session
-    if saved.delegation_changes != tpm.stany.delegation_changes:
-        raise TpmError(ReturnCode.BADCONTEXT, "bound sessions were ended since")
     value = session.entity_value
     if session.entity_type == EntityType.KEYHANDLE and value != KeyHandleValue.SRK:
         value = _key_like(tpm, saved.binding) if entity_handle is None else entity_handle
     if not is_same(saved.binding, _binding(tpm, session, value)):
         raise TpmError(ReturnCode.RESOURCEMISSING, "it was bound to something else")
+    if saved.delegation_changes != tpm.stany.delegation_changes:
+        raise TpmError(ReturnCode.BADCONTEXT, "bound sessions were ended since")
     return replace(session, entity_value=value)
 
 

@@ -428,7 +428,7 @@ def _check_gates(tpm: Tpm, command: Command, tag: int) -> None:
     if (
         tpm.stclear.failed_tries
         and tag != Tag.RQU_COMMAND
-        and command.ordinal != _UNLOCKS
+        and command.ordinal not in _RUN_LOCKED_OUT
         and lockout_left_us(tpm)
     ):
         raise TpmError(ReturnCode.DEFEND_LOCK_RUNNING)
@@ -451,8 +451,9 @@ def _check_gates(tpm: Tpm, command: Command, tag: int) -> None:
         raise TpmError(ReturnCode.NOSRK)
 
 
-_UNLOCKS: Final = Ordinal.RESET_LOCK_VALUE
-"""The one command with authorization that runs while the attack defence is on (Part 3 §9.3)."""
+_RUN_LOCKED_OUT: Final = frozenset({int(Ordinal.RESET_LOCK_VALUE), int(Ordinal.STARTUP)})
+"""What is not refused for its sessions while the attack defence is on: the command that ends it
+(Part 3 §9.3), and TPM_Startup, which "SHALL execute as normal" and whose sessions are BADTAG."""
 
 
 def _authorize(

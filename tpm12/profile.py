@@ -43,6 +43,8 @@ class Profile:
     """Short, medium, long."""
     is_repeatable: bool = False
     """All chance is drawn from the TPM's own source, also what pads a ciphertext; slower."""
+    fails_self_test: bool = False
+    """Its full self-test finds it broken: for who wants to see failure mode."""
 
 
 RING_PACKET_BYTES: Final = 4088

@@ -35,7 +35,8 @@ def run_full(tpm: Tpm) -> None:
         TpmError: FAILEDSELFTEST. The TPM is then in failure mode until power goes.
     """
     passed = (
-        mgf1(b"foo", 5) == _MGF1_SEED_FOO
+        not tpm.world.profile.fails_self_test
+        and mgf1(b"foo", 5) == _MGF1_SEED_FOO
         and aes128_ctr(_AES_KEY, _AES_COUNTER, _AES_PLAIN) == _AES_CIPHER
         and _endorsement_key_works(tpm)
     )

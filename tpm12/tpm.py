@@ -24,6 +24,15 @@ if TYPE_CHECKING:
     from tpm12.dispatch import Command
 
 _SRK: Final = int(KeyHandleValue.SRK)
+_RESERVED: Final = {
+    int(KeyHandleValue.OWNER): ReturnCode.INVALID_RESOURCE,
+    int(KeyHandleValue.REVOKE): ReturnCode.INVALID_RESOURCE,
+    int(KeyHandleValue.TRANSPORT): ReturnCode.INVALID_RESOURCE,
+    int(KeyHandleValue.OPERATOR): ReturnCode.INVALID_RESOURCE,
+    int(KeyHandleValue.ADMIN): ReturnCode.INVALID_RESOURCE,
+    int(KeyHandleValue.EK): ReturnCode.KEYNOTFOUND,
+}
+"""What naming one of these handles in place of a key comes to."""
 _RESERVED_HANDLES: Final = 0x40
 """Top byte of the reserved handles; free handles stay out of it."""
 
@@ -203,7 +212,10 @@ class Tpm:
         """The key at a handle: a slot, an owner-evict key, or the SRK.
 
         Raises:
-            TpmError: INVALID_KEYHANDLE; for the SRK of an unowned TPM too.
+            TpmError: INVALID_KEYHANDLE, for the SRK of an unowned TPM too; KEYNOTFOUND for the
+                EK, which TPM_OwnerReadInternalPub alone knows by its handle; INVALID_RESOURCE
+                for a reserved handle that is no key's. The specification names no code for the
+                last two: these are the ones that clients know.
         """
         found: LoadedKey | None
         if handle == _SRK:
@@ -211,5 +223,6 @@ class Tpm:
         else:
             found = self.volatile.keys.get(handle) or self.permanent.owner_evict_keys.get(handle)
         if found is None:
-            raise TpmError(ReturnCode.INVALID_KEYHANDLE, f"no key at 0x{handle:08x}")
+            code = _RESERVED.get(handle, ReturnCode.INVALID_KEYHANDLE)
+            raise TpmError(code, f"no key at 0x{handle:08x}")
         return found

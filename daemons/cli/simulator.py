@@ -30,6 +30,7 @@ def parser(program: str) -> argparse.ArgumentParser:
         type=int,
         help="The same TPM in every run. Not for secrets.",
     )
+    add("--fail-self-test", action="store_true", help="Be broken: go into failure mode.")
     return options
 
 
@@ -48,6 +49,8 @@ def _run(chosen: argparse.Namespace, refuse: Callable[[str], Any]) -> int:
         refuse("--state: an ephemeral TPM keeps nothing there")
     if chosen.journal and chosen.ephemeral:
         refuse("--journal: an ephemeral TPM has no memory to go on with")
+    if chosen.journal and chosen.fail_self_test:
+        refuse("--fail-self-test: a broken TPM has nothing to go on with, leave --journal out")
     return run_simulator(
         Options(
             state=chosen.state or Path(),
@@ -56,6 +59,7 @@ def _run(chosen: argparse.Namespace, refuse: Callable[[str], Any]) -> int:
             is_ephemeral=chosen.ephemeral,
             has_journal=chosen.journal,
             seed=chosen.seed,
+            fails_self_test=chosen.fail_self_test,
         )
     )
 

@@ -179,6 +179,19 @@ def test_mark_chooses_options(tpm12_simulator):
         tpm12_simulator.client.read_pubek()
 
 
+@pytest.mark.tpm12(fails_self_test=True)
+def test_broken_tpm_is_in_failure_mode_once_it_has_tested_itself(tpm12_simulator):
+    tpm = tpm12_simulator.client
+    assert len(tpm.get_capability(CapabilityArea.VERSION)) == 4
+    for _ in range(2):  # power does not mend it
+        for ordinal in (Ordinal.SELF_TEST_FULL, Ordinal.OIAP, Ordinal.RESET):
+            with pytest.raises(TpmError) as refused:
+                tpm.call(ordinal)
+            assert refused.value.code is ReturnCode.FAILEDSELFTEST
+        assert b"failed" in tpm.call(Ordinal.GET_TEST_RESULT).out_data
+        tpm12_simulator.power_cycle()
+
+
 def test_many_clients_at_once(tpm12_simulator):
     """Each command runs whole: no extend is lost."""
     clients, rounds = 20, 25

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from daemons.world import SystemRng
-from protocol.constants import CapabilityArea, StartupType
+from protocol.constants import CapabilityArea, Ordinal, StartupType
 from protocol.return_codes import ReturnCode, TpmError
 from tpm12.client import TpmClient
 
@@ -117,6 +117,17 @@ def test_no_ek_is_as_from_the_factory(folder):
             tpm.read_pubek()
         assert caught.value.code is ReturnCode.NO_ENDORSEMENT
         tpm.create_endorsement_key_pair()
+
+
+def test_a_self_test_that_fails_on_purpose_is_no_matter_of_the_state(folder):
+    kept = ["--state", str(folder / "state")]
+    with running(folder, *kept, "--fail-self-test"), client(folder) as tpm:
+        with pytest.raises(TpmError) as caught:
+            tpm.read_pubek()
+        assert caught.value.code is ReturnCode.FAILEDSELFTEST
+    with running(folder, *kept), client(folder) as tpm:
+        tpm.call(Ordinal.SELF_TEST_FULL)
+        assert tpm.read_pubek()
 
 
 def test_a_seed_repeats_the_tpm_and_marks_it(folder):

@@ -11,7 +11,6 @@ from tests.conformance.reached import NAMES, reached
 from tests.differential.comparison import recorded
 
 NO_MAINTENANCE = "libtpms is built without maintenance"
-_NO_FIPS = "no command sets TPM_PERMANENT_FLAGS.FIPS"
 _FORGED = "what it is about is made by the TPM alone; a forged one needs tpmProof"
 _NOT_COUNTED = "a counter of 32 bits at its end"
 
@@ -20,13 +19,6 @@ _NO_EK = "there is no owner without an EK: TPM_RevokeTrust takes the owner away 
 _ENDED_BEFORE = "what brings it about ends the delegate's sessions; the check stands behind that"
 
 ONLY_OURS: dict[tuple[str, str], str] = {
-    **{
-        (name, "NOTFIPS"): _NO_FIPS
-        for name in (
-            "ChangeAuthAsymStart", "CMK_CreateKey", "CreateWrapKey", "MakeIdentity",
-            "TakeOwnership",
-        )
-    },
     ("CMK_CreateBlob", "BAD_KEY_PROPERTY"): _FORGED,
     ("CMK_CreateBlob", "INAPPROPRIATE_ENC"): _FORGED,
     ("DAA_Join", "DAA_ISSUER_SETTINGS"): _FORGED,

@@ -16,6 +16,8 @@ from tests.differential import (
     counter_scenarios,
     daa_scenarios,
     engine_tests,
+    fips_scenarios,
+    firmware_scenarios,
     nv_scenarios,
     owner_scenarios,
     refusal_scenarios,
@@ -43,6 +45,8 @@ MODULES = (
     attestation_scenarios,
     change_scenarios,
     refusal_scenarios,
+    firmware_scenarios,
+    fips_scenarios,
 )
 SCENARIOS = {name: entry for module in MODULES for name, entry in module.SCENARIOS.items()}
 NAMES = (*SCENARIOS, *engine_tests.chosen())

@@ -21,6 +21,11 @@ def hidden(count: int) -> Part:
     return lambda data: (f"<{min(count, len(data))}>", data[count:])
 
 
+def hidden_freely(_data):
+    """All that is left, whatever its length."""
+    return "<>", b""
+
+
 def shown(count: int) -> Part:
     return lambda data: (data[:count].hex(), data[count:])
 
@@ -157,6 +162,9 @@ LAYOUTS: dict[int, tuple[Part, ...]] = {
     0xF1: (ticks,),
     0xF2: (ticks, sized),
 }
+_EXECUTE = 0xE7
+_OF_ANY_SIZE = {ordinal for ordinal, parts in LAYOUTS.items() if sized_freely in parts}
+"""Ordinals whose response is as long as each maker's contexts and blobs are."""
 _OF_THE_MAKER = {0x103, 0x115, 0x116, 0x120, 0x123}
 """TPM_CAP_PROPERTY that each maker answers as he is: name, times, effects of start-up, NV bytes."""
 
@@ -182,7 +190,8 @@ def masked(request: bytes, response: bytes, *, is_hidden: bool = False) -> str:
     Args:
         request: What was asked.
         response: What came.
-        is_hidden: The parameters are encrypted: compare only their length.
+        is_hidden: The parameters are encrypted: compare only their length, unless that is each
+            maker's own.
     """
     head = response[:2].hex() + " " + response[6:10].hex()
     if number(response[6:10]) != 0:
@@ -193,7 +202,8 @@ def masked(request: bytes, response: bytes, *, is_hidden: bool = False) -> str:
     ordinal = number(request[6:10])
     parts = _capability(request) if ordinal == _GET_CAPABILITY else LAYOUTS.get(ordinal, ())
     if is_hidden:
-        parts = (hidden(len(body)),)
+        is_of_any_size = ordinal == _EXECUTE and number(request[20:24]) in _OF_ANY_SIZE
+        parts = (hidden_freely,) if is_of_any_size else (hidden(len(body)),)
     text, rest = together(*parts)(body)
     goes_on = "".join(f" {tail[AUTH_BLOCK_BYTES * i + 20]}" for i in range(blocks))
     return f"{head} {text} {rest.hex()} |{goes_on}"

@@ -5,6 +5,7 @@ dynamic launch, which have no ordinals.
 """
 
 import contextlib
+import hashlib
 import shutil
 import socket
 import struct
@@ -23,6 +24,12 @@ _FORGET_VOLATILE = 1
 _STATE_FILE = "tpm-00.permall"
 
 needs_swtpm = pytest.mark.skipif(shutil.which("swtpm") is None, reason="swtpm is not installed")
+
+
+_HEADER_BYTES, _DIGEST_BYTES = 16, 20
+_FLAGS_FROM_END = 16
+"""Where libtpms' TPM_PERMANENT_FLAGS are: their version, a bitmap, then two empty tables."""
+_FLAGS_VERSION, _FIPS = b"\0\2", 1 << 12
 
 
 class OtherTpmEndedError(Exception):
@@ -104,6 +111,21 @@ class OtherTpm:
             raise OtherTpmEndedError from error
         if result != bytes(4):
             raise AssertionError(f"swtpm refused control command {order}: {result.hex()}")
+
+
+def in_fips_mode(permanent: bytes) -> bytes:
+    """The same permanent state with TPM_PERMANENT_FLAGS.FIPS, which a maker sets.
+
+    Args:
+        permanent: Of a TPM without NV areas and without keys that the owner keeps.
+    """
+    state = permanent[_HEADER_BYTES:-_DIGEST_BYTES]
+    assert hashlib.sha1(state).digest() == permanent[-_DIGEST_BYTES:]
+    at = len(state) - _FLAGS_FROM_END + len(_FLAGS_VERSION)
+    assert state[:at].endswith(_FLAGS_VERSION)
+    flags = number(state[at : at + 4]) | _FIPS
+    state = state[:at] + struct.pack(">I", flags) + state[at + 4 :]
+    return permanent[:_HEADER_BYTES] + state + hashlib.sha1(state).digest()
 
 
 @contextlib.contextmanager

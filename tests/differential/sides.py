@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from tests.differential.masks import masked
-from tests.differential.other_tpm import OtherTpmEndedError, other_tpm
+from tests.differential.other_tpm import OtherTpmEndedError, in_fips_mode, other_tpm
 from tests.tpm12.conftest import Bench
 from tests.tpm12.witness import (
     OWNER_AUTH,
@@ -29,6 +29,8 @@ from tpm12.state import factory_state
 
 STARTUP, RESET = 0x99, 0x5A
 CREATE_EK, READ_PUBEK, TAKE_OWNERSHIP = 0x78, 0x7C, 0x0D
+FIPS = " in FIPS mode"
+"""Behind the name of a start: TPM_PERMANENT_FLAGS.FIPS is set, which no command does."""
 ENDED = "the process ended"
 ERROR_TAG = b"\x00\xc4"
 
@@ -167,15 +169,18 @@ def take_ownership(tpm, *, owner=OWNER_AUTH, srk=SRK_AUTH, wanted=None, protocol
 @cache
 def _our_image(start):
     side = Ours(factory_state())
-    _prepare(side, start)
+    _prepare(side, start.removesuffix(FIPS))
+    if start.endswith(FIPS):
+        side.bench.set_flags(fips=True)
     return side.bench.state
 
 
 @cache
 def their_image(start):
     with other_tpm() as other:
-        _prepare(Theirs(other), start)
-        return other.permanent()
+        _prepare(Theirs(other), start.removesuffix(FIPS))
+        permanent = other.permanent()
+    return in_fips_mode(permanent) if start.endswith(FIPS) else permanent
 
 
 def ours(start, commands=ALL):

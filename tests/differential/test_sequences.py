@@ -260,6 +260,18 @@ def test_generated_sequences_are_answered_the_same(first_seed):
     assert machine.lines_played > 0
 
 
+@pytest.mark.parametrize(
+    "lines",
+    [
+        # A context is as long as its maker likes, also where its length is all that can be seen.
+        ("start owned", "make der", "transport encrypted", "through 0 save-key 0"),
+    ],
+    ids=["save-key"],
+)
+def test_what_generated_sequences_have_found(lines):
+    assert not played(lines)
+
+
 def test_a_wrong_engine_is_found_and_its_script_is_short(first_seed):
     wrong = wrong_engine("Extend", {ReturnCode.BADINDEX: ReturnCode.BAD_PARAMETER})
     machine = search(BUDGET_S, first_seed, wrong)

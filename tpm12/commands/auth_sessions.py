@@ -40,6 +40,7 @@ _XOR: Final = int(AdipScheme.XOR)
 _ADIP_SCHEMES: Final = frozenset(int(scheme) for scheme in AdipScheme)
 _SRK: Final = int(KeyHandleValue.SRK)
 _OWNER: Final = int(KeyHandleValue.OWNER)
+_OPERATOR: Final = int(KeyHandleValue.OPERATOR)
 _KEYS: Final = frozenset({int(EntityType.KEYHANDLE), int(EntityType.SRK)})
 
 
@@ -106,7 +107,8 @@ def osap(tpm: Tpm, cmd: OsapIn, _auth: Authorized) -> OsapOut:
 
     Raises:
         TpmError: RESOURCES; INAPPROPRIATE_ENC for an unknown ADIP scheme; BAD_PARAMETER for an
-            entity type that has no OSAP; INVALID_KEYHANDLE, BADINDEX, BAD_COUNTER; NOSRK;
+            entity type that has no OSAP; INVALID_KEYHANDLE, BADINDEX, BAD_COUNTER; BAD_HANDLE
+            for the operator's handle as a key; NOSRK;
             BADINDEX, DISABLED_CMD, FAMILYCOUNT for a delegation that is no longer good.
     """
     adip = _adip_of(tpm, cmd.entity_type)
@@ -169,11 +171,7 @@ def _open(tpm: Tpm, session: Session) -> int:
 def _entity(tpm: Tpm, entity_type: int, value: int) -> _Bound:
     """The entity that an OSAP names."""
     if entity_type in _KEYS:
-        handle = _SRK if entity_type == EntityType.SRK else value
-        if handle == _SRK and not tpm.has_owner:
-            raise TpmError(ReturnCode.NOSRK)
-        key = tpm.key(handle)
-        return _Bound(authorization.key_entity(key), handle, key.usage_hmac)
+        return _key(tpm, _SRK if entity_type == EntityType.SRK else value)
     if entity_type == EntityType.OWNER:
         owner_auth = tpm.permanent.owner_auth
         if owner_auth is None:
@@ -194,6 +192,15 @@ def _entity(tpm: Tpm, entity_type: int, value: int) -> _Bound:
         entity = authorization.counter_entity(value, counter)
         return _Bound(entity, value, hmac_key(counter.auth_data))
     raise TpmError(ReturnCode.BAD_PARAMETER)
+
+
+def _key(tpm: Tpm, handle: int) -> _Bound:
+    if handle == _OPERATOR:
+        raise TpmError(ReturnCode.BAD_HANDLE, "the operator has no OSAP")
+    if handle == _SRK and not tpm.has_owner:
+        raise TpmError(ReturnCode.NOSRK)
+    key = tpm.key(handle)
+    return _Bound(authorization.key_entity(key), handle, key.usage_hmac)
 
 
 # -- delegation ----------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from protocol.constants import KeyHandleValue, Ordinal, ResourceType
+from protocol.constants import Ordinal, ResourceType
 from protocol.return_codes import ReturnCode, TpmError
 from protocol.structures import ContextBlob
 from protocol.wire import B16, U32, Bool, Handle, in_sized, wire
@@ -131,9 +131,8 @@ def save_key_context(tpm: Tpm, cmd: SaveKeyContextIn, _auth: Authorized) -> Save
     Raises:
         TpmError: INVALID_KEYHANDLE, for the SRK too; OWNER_CONTROL for an owner-evict key.
     """
-    if cmd.key_handle == KeyHandleValue.SRK:
-        raise TpmError(ReturnCode.INVALID_KEYHANDLE, "the SRK is in no slot")
-    tpm.key(cmd.key_handle)
+    if cmd.key_handle not in {*tpm.volatile.keys, *tpm.permanent.owner_evict_keys}:
+        raise TpmError(ReturnCode.INVALID_KEYHANDLE, "no key is in a slot there")
     blob = contexts.save_key(tpm, cmd.key_handle, None)
     remove_from_slots(tpm, cmd.key_handle)
     return SaveKeyContextOut(key_context_blob=blob)

@@ -5,6 +5,7 @@ import pytest
 from protocol.return_codes import ReturnCode
 from tests.tpm12.conftest import nv_area
 from tests.tpm12.witness import (
+    EK,
     OWNER,
     OWNER_AUTH,
     SRK,
@@ -25,7 +26,7 @@ OIAP, OSAP, FLUSH_SPECIFIC, TERMINATE_HANDLE, EVICT_KEY, RESET = 0x0A, 0x0B, 0xB
 GET_CAPABILITY_OWNER, CREATE_WRAP_KEY, GET_PUB_KEY = 0x66, 0x1F, 0x21
 KEY, AUTH, HASH, TRANS, CONTEXT, COUNTER = range(1, 7)
 ET_KEY, ET_OWNER, ET_SRK, ET_COUNTER, ET_NV = 0x01, 0x02, 0x04, 0x0A, 0x0B
-HANDLE = 0x1234
+HANDLE, OPERATOR = 0x1234, 0x40000004
 ODD = b"p" * 20
 
 
@@ -90,7 +91,9 @@ def test_osap_of_things_that_need_no_owner(fresh):
     ("entity_type", "value", "code"),
     [
         (ET_KEY, 0x99, ReturnCode.INVALID_KEYHANDLE),
-        (ET_KEY, OWNER, ReturnCode.INVALID_KEYHANDLE),
+        (ET_KEY, OWNER, ReturnCode.INVALID_RESOURCE),
+        (ET_KEY, OPERATOR, ReturnCode.BAD_HANDLE),
+        (ET_KEY, EK, ReturnCode.KEYNOTFOUND),
         (ET_NV, 0x99, ReturnCode.BADINDEX),
         (ET_COUNTER, 0x99, ReturnCode.BAD_COUNTER),
         (0x00, 0, ReturnCode.BAD_PARAMETER),

@@ -11,6 +11,7 @@ from tests.tpm12.witness import (
     SRK_AUTH,
     ZERO,
     Session,
+    frame,
     rsa_parms,
     sized,
     u8,
@@ -21,7 +22,7 @@ from tpm12.keys import LoadedKey, described
 from tpm12.profile import Profile
 
 RESET_LOCK_VALUE, KEY_CONTROL_OWNER, GET_CAPABILITY_OWNER = 0x40, 0x23, 0x66
-FLUSH_SPECIFIC, EVICT_KEY, OIAP = 0xBA, 0x22, 0x0A
+FLUSH_SPECIFIC, EVICT_KEY, OIAP, STARTUP = 0xBA, 0x22, 0x0A, 0x99
 HANDLE = 0x1234
 
 
@@ -63,6 +64,12 @@ def test_lock_ends_with_time_and_doubles_with_each_failure(locked):
 
 def test_lock_leaves_commands_without_authorization_alone(locked):
     locked.tpm.send(0x15, u32(0)).ok()
+
+
+def test_lock_is_no_reason_to_refuse_a_startup(locked):
+    request = frame(STARTUP, u16(1) + bytes(45), 0xC2)
+    assert locked.tpm.raw(request).code == ReturnCode.BADTAG
+    assert locked.tpm.send(STARTUP, u16(1)).code == ReturnCode.INVALID_POSTINIT
 
 
 def test_lock_keeps_the_session_of_the_refused_command(owned):

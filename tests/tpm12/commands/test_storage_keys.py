@@ -502,9 +502,18 @@ def test_get_pub_key_of_the_srk_needs_read_srk_pub(owned):
     assert (modulus, rest) == (owned.state.permanent.srk.public.pub_key, b"")
 
 
-@pytest.mark.parametrize("handle", [EK, 0, 0x1234, 0xFFFFFFFF])
+@pytest.mark.parametrize("handle", [0, 0x1234, 0x40000007, 0xFFFFFFFF])
 def test_get_pub_key_of_a_handle_without_key(owned, handle):
     assert get_pub_key(owned.tpm, handle).code == ReturnCode.INVALID_KEYHANDLE
+
+
+@pytest.mark.parametrize("handle", range(0x40000001, 0x40000006))
+def test_reserved_handles_are_no_keys(owned, handle):
+    assert get_pub_key(owned.tpm, handle).code == ReturnCode.INVALID_RESOURCE
+
+
+def test_ek_is_found_by_no_handle(owned):
+    assert get_pub_key(owned.tpm, EK).code == ReturnCode.KEYNOTFOUND
 
 
 def test_get_pub_key_checks_the_keys_pcrs_unless_ignored(owned):
