@@ -121,6 +121,14 @@ class SystemdStack:
         # All by name: of the target alone, systemctl would only wait until it has begun.
         _ordered("stop", TARGET, *EVERYBODY)
 
+    def _do_reload(self, _progress: Progress) -> None:
+        from daemons.log_levels import read_levels  # noqa: PLC0415 - only needed here
+
+        read_levels(self._places.log_levels)
+        rows = [{"unit": "hwtpmd", **self._chip()}, *self._rows()]
+        units = [f"{row['unit']}.service" for row in rows if row["pid"] is not None]
+        _ordered("reload", *units)
+
     def _do_create(
         self, progress: Progress, *, config_text: str, path: str, paused: bool = False
     ) -> Row:
