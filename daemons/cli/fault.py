@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from daemons.cli.options import Json, Root, ask, places_of
 from daemons.cli.output import print_json, print_line, progress
 from daemons.errors import ExitCode, Failure
+
+if TYPE_CHECKING:
+    from daemons.places import Places
 
 
 def run(
@@ -36,6 +39,7 @@ def run(
     parsed = parse_plan(content, str(plan))
     length_s = own_length_s(parsed) if for_s is None else for_s
     places = places_of(root)
+    refuse_under_systemd(places, "apply a fault plan to")
     with progress("faults") as step:
 
         def revive() -> None:
@@ -70,6 +74,23 @@ def run(
     if not as_json:
         count = len(fault_run.injected)
         print_line(f"{count} injected; the stack is whole, and no guest has booted again")
+
+
+def refuse_under_systemd(places: Places, what: str) -> None:
+    """Refuse a plan where its processes are not a launcher's.
+
+    Raises:
+        Failure: systemd runs the stack of this installation.
+    """
+    from daemons.systemd.stack_control import is_run_by_systemd  # noqa: PLC0415
+
+    if is_run_by_systemd(places):
+        raise Failure(
+            f"cannot {what} a stack that systemd runs",
+            why="a plan is laid out for the daemons of one user, and these have a user each",
+            next_step="Do it in a stack of a launcher: vtpm up --root DIR CFG...",
+            exit_code=ExitCode.USAGE,
+        )
 
 
 def _read(plan: Path) -> bytes:

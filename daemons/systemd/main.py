@@ -64,12 +64,12 @@ def _run(options: argparse.Namespace, places: Places) -> None:
 
         power_on(places)
     else:
-        from daemons.systemd.registering import forget, register  # noqa: PLC0415
+        from daemons.systemd.registering import Ending, forget, register  # noqa: PLC0415
 
         if options.what == "register":
             register(places, options.name, options.role)
         else:
-            forget(places, options.name, options.role, os.environ.get("SERVICE_RESULT", ""))
+            forget(places, options.name, options.role, Ending.from_environment(os.environ))
 
 
 def _parser() -> argparse.ArgumentParser:
