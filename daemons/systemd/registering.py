@@ -146,7 +146,7 @@ def forget(places: Places, name: str, role: Role, ending: Ending) -> None:
     state = RunState(places)
     if ending.result != SUCCESS:
         if _is_final(state, name, ending):
-            _give_up(unit_of(name, role))
+            _give_up(unit_of(name, role), is_prevented=ending.status in FINAL_STATUSES)
         return
     with state.locked():
         state.writer.remove(name)
@@ -169,10 +169,18 @@ def _is_final(state: RunState, name: str, ending: Ending) -> bool:
     return state.count_failure(name, time.monotonic()) > FAILURES_MAX
 
 
-def _give_up(unit: str) -> None:
-    """Stop the socket, and with it the next start; the unit stays failed, with its reason."""
+def _give_up(unit: str, *, is_prevented: bool) -> None:
+    """Stop the socket, and with it the next start; the unit stays failed, with its reason.
+
+    Args:
+        unit: Without its suffix.
+        is_prevented: systemd does not start it again by itself: then only the socket is stopped, so
+            that whoever waits for the start is told that it failed, not that it was cancelled.
+    """
     print(f"{unit}.service cannot run, and is not started again", flush=True)  # noqa: T201
     words = ["systemctl", "--no-block", "stop", f"{unit}.socket"]
+    if is_prevented:
+        words.append("--job-mode=ignore-dependencies")
     subprocess.run(words, check=False)  # noqa: S603 - a unit of our own names
 
 

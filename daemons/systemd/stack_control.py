@@ -467,7 +467,8 @@ def _ordered(*words: str, may_fail: bool = False) -> None:
     done = _systemctl(*words)
     if done.returncode and not may_fail:
         reasons, statuses = [], [int(ExitCode.FAILED)]
-        for unit in words[1:]:
+        for unit in (word for word in words[1:] if not word.startswith("-") and "*" not in word):
+            _has_come(lambda unit=unit: not _is_under_way(unit))  # type: ignore[misc]
             shown = _show(unit)
             if shown["ActiveState"] == "failed":
                 reasons.append(f"{unit}: {shown['StatusText'] or shown['Result']}")
@@ -475,6 +476,11 @@ def _ordered(*words: str, may_fail: bool = False) -> None:
         why = "; ".join(reasons) or done.stderr
         exit_code = ExitCode(statuses[-1]) if statuses[-1] in _TOLD else ExitCode.FAILED
         raise _systemd_failed(" ".join(words), why, exit_code)
+
+
+def _is_under_way(unit: str) -> bool:
+    """A start that was given up may be told before its unit has come to rest."""
+    return _show(unit)["ActiveState"] in {"activating", "deactivating"}
 
 
 def _signal(unit: str, name: str) -> None:

@@ -417,7 +417,8 @@ def test_devices_of_a_domain_that_was_created_paused_may_change(way):
     assert json.loads(way.vtpm("vtpm-list", GUEST2, "--json")) == []
     assert "domain 0 serves no TPM" in way.refused("vtpm-attach", GUEST2, status=1)
     way.vtpm("vtpm-attach", GUEST2, f"backend={VTPM2}")
-    way.vtpm("block-attach", GUEST2, "file:/images/guest1.img,xvdb,r")
+    write_over(way.path("/images/more.img"), bytes(512))
+    way.vtpm("block-attach", GUEST2, "file:/images/more.img,xvdb,r")
     assert len(json.loads(way.vtpm("block-list", GUEST2, "--json"))) == 2
     way.vtpm("unpause", GUEST2)
     assert rows(way)[GUEST2]["state"] == "running"
@@ -475,6 +476,7 @@ def test_an_image_that_is_not_the_newest_and_whole_is_refused_and_stays(way):
 
 
 def write_over(path, content):
-    """Write into a file, which stays its owner's."""
+    """Write into a file, which stays its owner's; make it if there is none."""
+    path.touch(mode=0o600)
     with path.open("r+b") as file:
         file.write(content)

@@ -23,7 +23,7 @@ def places(tmp_path, monkeypatch):
 @pytest.fixture
 def given_up(monkeypatch):
     units = []
-    monkeypatch.setattr(registering, "_give_up", units.append)
+    monkeypatch.setattr(registering, "_give_up", lambda unit, **_: units.append(unit))
     return units
 
 
