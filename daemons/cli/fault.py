@@ -35,11 +35,11 @@ def run(
     from daemons.faults.run import FaultRun, Injected  # noqa: PLC0415
     from daemons.faults.schedule import own_length_s  # noqa: PLC0415
 
+    places = places_of(root)
+    refuse_under_systemd(places, "apply a fault plan to")
     content = _read(plan)
     parsed = parse_plan(content, str(plan))
     length_s = own_length_s(parsed) if for_s is None else for_s
-    places = places_of(root)
-    refuse_under_systemd(places, "apply a fault plan to")
     with progress("faults") as step:
 
         def revive() -> None:
