@@ -19,7 +19,7 @@ from typing import Final, TypeVar
 import structlog
 import trio
 
-from daemons import logs, settings
+from daemons import log_levels, logs, settings
 from daemons.domain_options import DomainOptions, parse_domain_options
 from daemons.errors import ExitCode, Failure
 from daemons.guest import loader
@@ -272,6 +272,7 @@ async def run(options: DomainOptions) -> None:
     places = Places(options.root)
     chosen = settings.load(places.settings(PROGRAM), GuestdSettings)
     logs.configure(PROGRAM, options.domain, chosen.log_level)
+    log_levels.follow(places.log_levels, options.domain, chosen.log_level)
     record = Registry(places.registry).get(options.domain)
     if record is None:
         raise NotBooted(

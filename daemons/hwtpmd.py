@@ -19,7 +19,7 @@ from typing import Final
 import structlog
 import trio
 
-from daemons import logs, policy, settings
+from daemons import command_log, log_levels, logs, policy, settings
 from daemons.chip_memory import ChipMemory, make_chip_memory
 from daemons.durable_tpm import DurableTpm
 from daemons.errors import ExitCode, Failure
@@ -129,10 +129,12 @@ class Registers:
 
     def run(self, command: PendingCommand) -> bytes:
         """Run a command; its response is remembered with what it changed."""
-        serial = _SERIAL.pack(command.serial)
-        return self._tpm.execute(
+        serial, begun = _SERIAL.pack(command.serial), command_log.begin()
+        response = self._tpm.execute(
             command.request, command.locality, lambda response: {_ANSWERED: serial + response}
         )
+        command_log.end(begun, command.request, response, locality=command.locality)
+        return response
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,6 +160,7 @@ async def _run(options: Options) -> None:
     places = Places(options.root)
     chosen = settings.load(places.settings(PROGRAM), HwtpmdSettings)
     logs.configure(PROGRAM, CHIP_NAME, chosen.log_level)
+    log_levels.follow(places.log_levels, CHIP_NAME, chosen.log_level)
     notifier = Notifier.from_environment(os.environ)
     places.make_private(places.chip_memory.parent)
     hooks = hooks_of(places, CHIP_NAME)

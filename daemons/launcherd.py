@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ from typing import Final
 import structlog
 import trio
 
-from daemons import logs
+from daemons import log_levels, logs
 from daemons.errors import ExitCode, Failure
 from daemons.launcher.adoption import OldStack, find_old_stack, note_ready
 from daemons.launcher.chip import Chip, Firmware
@@ -188,6 +187,7 @@ async def run_launcher(root: str | None, world: World) -> None:
     places = Places.choose(root, os.environ)
     settings = load_settings(places.settings(PROGRAM), LauncherSettings)
     logs.configure(PROGRAM, level=settings.log_level)
+    log_levels.follow(places.log_levels, log_levels.LAUNCHER, settings.log_level)
     places.prepare()
     with launcher_lock(places):
         old = find_old_stack(places)
@@ -197,7 +197,6 @@ async def run_launcher(root: str | None, world: World) -> None:
         else:
             remove_sockets(places)
         become_child_subreaper()
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the terminal may go, the platform stays
         spawner = Spawner(world.programs, title=f"vtpm fork server {places.root}", warm=world.warm)
         spawner.start()  # it imports while we go on
         registry = RegistryWriter(places.registry)

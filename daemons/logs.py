@@ -29,8 +29,8 @@ from typing import Any, Final, TextIO
 from daemons.errors import ExitCode, Failure
 from daemons.systemd_journal import PRIORITIES, Journal, field_name, is_our_stderr, message_id
 
-LEVELS: Final = {"error": 40, "info": 20, "debug": 10}
-"""The names of xl's `loglevel=`, and structlog's numbers for them."""
+LEVELS: Final = {"error": 40, "warning": 30, "info": 20, "debug": 10}
+"""The names of xl's `loglevel=` and of the settings, and structlog's numbers for them."""
 TEXT_CHARS_MAX: Final = 1024
 LINES_AT_ONCE: Final = 200
 """Lines of one event that are written however fast they come."""
@@ -38,6 +38,7 @@ LINES_A_SECOND: Final = 1.0
 """Lines of one event in the long run: 15 kB a minute."""
 
 EventDict = MutableMapping[str, Any]
+_is_debugging = False
 
 
 def configure(
@@ -53,22 +54,16 @@ def configure(
     Args:
         program: The daemon's name ("vtpmd"); part of every line.
         domain: The domain it works for; part of every line.
-        level: "error", "info" or "debug": nothing below it is written.
+        level: "error", "warning", "info" or "debug": nothing below it is written.
         as_json: One JSON object a line in place of the readable form.
         stream: Where lines go; stderr when None.
 
     Raises:
         Failure: There is no such level.
     """
-    if level not in LEVELS:
-        raise Failure(
-            "cannot set up logging",
-            why=f"there is no level {escape(level)}",
-            next_step=f"Choose one of: {', '.join(LEVELS)}.",
-            exit_code=ExitCode.CONFIGURATION,
-        )
-
     import structlog  # noqa: PLC0415 - see above
+
+    wrapper_class = _wrapper_class(level)
 
     def bind(_logger: object, _method: str, event: EventDict) -> EventDict:
         event["program"] = program
@@ -100,10 +95,45 @@ def configure(
             structlog.processors.format_exc_info,
             render_fields if is_journal else render,
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
+        wrapper_class=wrapper_class,
         logger_factory=lambda *_: journal or _Lines(stream or sys.stderr),
         cache_logger_on_first_use=False,
     )
+
+
+def set_level(level: str) -> None:
+    """Write from now on what is not below a level; all else stays as `configure` has set it.
+
+    Args:
+        level: As for `configure`.
+
+    Raises:
+        Failure: There is no such level.
+    """
+    import structlog  # noqa: PLC0415 - see above
+
+    structlog.configure(**(structlog.get_config() | {"wrapper_class": _wrapper_class(level)}))
+
+
+def _wrapper_class(level: str) -> type[Any]:
+    import structlog  # noqa: PLC0415 - see above
+
+    if level not in LEVELS:
+        raise Failure(
+            "cannot set up logging",
+            why=f"there is no level {escape(level)}",
+            next_step=f"Choose one of: {', '.join(LEVELS)}.",
+            exit_code=ExitCode.CONFIGURATION,
+        )
+    global _is_debugging  # noqa: PLW0603 - as the log itself: there is one a process
+    _is_debugging = level == "debug"
+    wrapper_class: type[Any] = structlog.make_filtering_bound_logger(LEVELS[level])
+    return wrapper_class
+
+
+def tells_debug() -> bool:
+    """Tell whether what is of level debug is written."""
+    return _is_debugging
 
 
 class Allowance:

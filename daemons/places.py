@@ -211,6 +211,11 @@ class Places:
         return self.run / "event.log"
 
     @property
+    def log_levels(self) -> Path:
+        """How much each process logs; need not exist, and may change while they run."""
+        return self.config / "log-levels.toml"
+
+    @property
     def policy(self) -> Path:
         """Who may talk to whom; need not exist."""
         return self.config / "policy.toml"

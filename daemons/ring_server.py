@@ -27,6 +27,7 @@ from typing import Final, Protocol, TypeVar
 import structlog
 import trio
 
+from daemons import command_log
 from daemons.carrying import carry, ours, stop_taking
 from daemons.errors import Failure
 from daemons.fair_lock import FairLock
@@ -476,9 +477,11 @@ class _Carrier:
                     return None
                 response = CANCELLED
             else:
+                begun = command_log.begin()
                 response = self._backend.execute(
                     peer, submitted.packet, submitted.locality, sequence
                 )
+                command_log.end(begun, submitted.packet, response, ring=peer.ring_id)
                 if len(response) > PACKET_BYTES_MAX:
                     _log(peer).error("response too long for the ring", length=len(response))
                     response = error_response(ReturnCode.SIZE)

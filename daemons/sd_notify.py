@@ -12,6 +12,7 @@ import contextlib
 import os
 import socket
 import struct
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,10 @@ class Notifier:
         """Say in one line what this process does or waits for."""
         self.send(STATUS=text)
 
+    def reloading(self) -> None:
+        """Say that settings are being read again; `ready` says that it is done."""
+        self.send(RELOADING="1", MONOTONIC_USEC=str(time.monotonic_ns() // 1000))
+
     def stopping(self, status: str = "") -> None:
         """Say that this process is about to end."""
         self.send(STOPPING="1", **({"STATUS": status} if status else {}))
@@ -72,6 +77,15 @@ class Notifier:
     def watchdog(self) -> None:
         """Say that this process is alive. Call it after a real answer of the engine."""
         self.send(WATCHDOG="1")
+
+    def pausing(self) -> None:
+        """Say that there will be no WATCHDOG, and that this is not to be minded."""
+        self.send(WATCHDOG_USEC="0")
+
+    def unpaused(self) -> None:
+        """Say that from now on there is a WATCHDOG again, as often as was asked for."""
+        if self.watchdog_s is not None:
+            self.send(WATCHDOG="1", WATCHDOG_USEC=str(round(self.watchdog_s * 1_000_000)))
 
     def send(self, **fields: str) -> None:
         """Send fields in one datagram. A manager that is gone is not an error of ours."""

@@ -7,6 +7,12 @@ give its socket to a worker thread and wait for it.
 - Anything else that a handler raises is ours: it stops the daemon, and whoever started it restarts
   it.
 - Connections over the limit are closed at once and cost the others nothing.
+
+| Signal | Then |
+|---|---|
+| SIGTERM, SIGINT | it drains, and ends |
+| SIGHUP | it reads again what may change while it runs: how much it logs |
+| SIGTSTP | it stops where it stands until SIGCONT; the watchdog, if there is one, is told before |
 """
 
 from __future__ import annotations
@@ -24,7 +30,7 @@ from typing import Any, Final, ParamSpec, cast
 import structlog
 import trio
 
-from daemons import logs
+from daemons import log_levels, logs
 from daemons.errors import ExitCode, Failure
 from daemons.listeners import Listener, PeerCredentials, peer_credentials
 from daemons.sd_notify import Notifier
@@ -113,6 +119,9 @@ async def serve(  # noqa: PLR0913 - two and five named ones, each with a default
                         accepting.start_soon(
                             _tell_alive, is_alive, notifier, notifier.watchdog_s / PINGS
                         )
+                    await accepting.start(_reload_when_asked, notifier)
+                    if notifier.watchdog_s is not None:
+                        await accepting.start(_pause_when_asked, notifier)
                     notifier.ready()
                     task_status.started()
                     received = await anext(signals)
@@ -135,6 +144,29 @@ async def _tell_alive(is_alive: Callable[[], object], notifier: Notifier, pause_
         await trio.to_thread.run_sync(is_alive, abandon_on_cancel=True)
         notifier.watchdog()
         await trio.sleep(pause_s)
+
+
+async def _reload_when_asked(
+    notifier: Notifier, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    with trio.open_signal_receiver(signal.SIGHUP) as signals:
+        task_status.started()
+        async for _ in signals:
+            notifier.reloading()
+            log_levels.read_again()
+            notifier.ready()
+
+
+async def _pause_when_asked(
+    notifier: Notifier, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """Stop all of this process, as SIGTSTP does anyway, but tell the watchdog first."""
+    with trio.open_signal_receiver(signal.SIGTSTP) as signals:
+        task_status.started()
+        async for _ in signals:
+            notifier.pausing()
+            os.kill(os.getpid(), signal.SIGSTOP)
+            notifier.unpaused()
 
 
 def _close(listeners: Iterable[Listener]) -> None:
@@ -246,12 +278,16 @@ def run_daemon(program: str, main: Callable[[], Awaitable[None]]) -> int:
         main: The daemon as a coroutine function without arguments.
     """
     logs.configure(program)
+    # Whose terminal goes stays; and who is told to reload before it serves has just read it all.
+    hung_up_before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         trio.run(_main_with_signals, main, strict_exception_groups=True)
     except KeyboardInterrupt:
         return ExitCode.DONE
     except BaseException as raised:  # noqa: BLE001 - the one place where everything ends
         return _tell_end(raised)
+    finally:
+        signal.signal(signal.SIGHUP, hung_up_before)
     return ExitCode.DONE
 
 

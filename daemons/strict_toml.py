@@ -44,6 +44,10 @@ class Table:
         except (ValueError, RecursionError) as error:  # also TOMLDecodeError, UnicodeDecodeError
             raise TomlError(str(error)) from error
 
+    def names(self) -> list[str]:
+        """Give the keys that were not taken yet."""
+        return list(self._left)
+
     def has(self, key: str) -> bool:
         """Tell whether a key stands in the table and was not taken yet."""
         return key in self._left

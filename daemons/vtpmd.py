@@ -17,7 +17,7 @@ from typing import Final, TypeVar
 import structlog
 import trio
 
-from daemons import logs, policy, settings
+from daemons import log_levels, logs, policy, settings
 from daemons.domain_options import DomainOptions, parse_domain_options
 from daemons.durable_tpm import DurableTpm
 from daemons.errors import ExitCode, Failure
@@ -79,6 +79,7 @@ async def _run(options: DomainOptions) -> None:
     if not isinstance(arguments, VtpmArguments):
         raise _misconfigured(options, f"its config file describes a {config.role}, not a vTPM")
     logs.configure(PROGRAM, options.domain, arguments.loglevel)
+    log_levels.follow(places.log_levels, options.domain, arguments.loglevel)
     for word in arguments.unknown:
         structlog.get_logger().info("an argument in extra= is not known and ignored", word=word)
     registry = Registry(places.registry)

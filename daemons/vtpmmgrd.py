@@ -21,7 +21,7 @@ from typing import Final, TypeVar
 import structlog
 import trio
 
-from daemons import logs, policy, settings
+from daemons import log_levels, logs, policy, settings
 from daemons.disk import Disk
 from daemons.domain_options import DomainOptions, parse_domain_options
 from daemons.errors import ExitCode, Failure
@@ -126,6 +126,7 @@ async def run(options: DomainOptions) -> None:
     places = Places(options.root)
     chosen = settings.load(places.settings(PROGRAM), VtpmmgrdSettings)
     logs.configure(PROGRAM, options.domain, chosen.log_level)
+    log_levels.follow(places.log_levels, options.domain, chosen.log_level)
     setup = read_setup(read_domain(options.config), places, chosen)
     admission = Admission(
         options.domain,

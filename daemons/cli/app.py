@@ -75,6 +75,7 @@ def vtpm(
 
 app.command()(stack.up)
 app.command()(stack.down)
+app.command()(stack.reload)
 app.command()(status.status)
 app.command()(doctor.doctor)
 app.command()(domains.create)

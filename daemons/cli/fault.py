@@ -38,10 +38,12 @@ def run(
     """
     from daemons.faults.schedule import own_length_s  # noqa: PLC0415 - `--help` needs none of it
 
+    places = places_of(root)
+    refuse_under_systemd(places, "apply a fault plan to")
     content, parsed = _read(plan)
     length_s = own_length_s(parsed) if for_s is None else for_s
     with progress("faults") as step:
-        fault_run = _fault_run(places_of(root), root, step, is_quiet=as_json)
+        fault_run = _fault_run(places, root, step, is_quiet=as_json)
         problems = fault_run.run(parsed, content, str(plan), length_s)
     if as_json:
         print_json(
@@ -171,6 +173,23 @@ def _when(fault: Fault) -> str:
     if fault.every_s is None:
         return f"at each operation{chance}"
     return f"every {fault.every_s:g} s{'' if fault.probability == 1.0 else chance}"
+
+
+def refuse_under_systemd(places: Places, what: str) -> None:
+    """Refuse a plan where its processes are not a launcher's.
+
+    Raises:
+        Failure: systemd runs the stack of this installation.
+    """
+    from daemons.systemd.stack_control import is_run_by_systemd  # noqa: PLC0415
+
+    if is_run_by_systemd(places):
+        raise Failure(
+            f"cannot {what} a stack that systemd runs",
+            why="a plan is laid out for the daemons of one user, and these have a user each",
+            next_step="Do it in a stack of a launcher: vtpm up --root DIR CFG...",
+            exit_code=ExitCode.USAGE,
+        )
 
 
 def _read(plan: Path) -> tuple[bytes, FaultPlan]:

@@ -110,6 +110,15 @@ def down(root: Root = None) -> None:
         print_line(f"nothing runs under {places.root}")
 
 
+def reload(root: Root = None) -> None:
+    """Let all processes read again how much they log.
+
+    It is in etc/vtpm/log-levels.toml, the only file that counts while they run: settings and policy
+    are measured, and read at the start.
+    """
+    ask(root, "reload")
+
+
 def create_domain(file: DomainFile, root: str | None, step: Step) -> object:
     """Create one domain and wait until it is ready.
 

@@ -23,6 +23,10 @@ from daemons.doctor import run_files, stores, surroundings
 from daemons.doctor.finding import Finding, State, Subject, look_at
 from daemons.doctor.run_files import Scene
 from daemons.doctor.stores import Use
+from daemons.doctor.systemd_directories import (
+    examine_own_directory,
+    examine_platform_directories,
+)
 from daemons.errors import ExitCode, Failure
 from daemons.launcher.domain import PROGRAMS
 from daemons.launcher.launcher_settings import LauncherSettings
@@ -82,15 +86,21 @@ def exit_code_of(groups: Iterable[Group]) -> ExitCode:
 
 
 def _examine(places: Places, config_paths: list[Path]) -> list[Group]:
-    platform = surroundings.examine_directories(places)
+    is_systemd = run_files.is_by_systemd(places)
+    starter = "systemd" if is_systemd else "launcherd"
+    platform = (
+        examine_platform_directories(places)
+        if is_systemd
+        else surroundings.examine_directories(places)
+    )
     if any(finding.state is State.WARNING for finding in platform):
         # A directory that is hidden from us: whatever is said about its files would be wrong.
-        return [Group(name=PLATFORM, program="launcherd", findings=tuple(platform))]
+        return [Group(name=PLATFORM, program=starter, findings=tuple(platform))]
     bad_records, records = run_files.examine_registry(places)
     scene = Scene(
         places=places,
         is_powered=run_files.is_powered(places),
-        is_systemd=(places.registry / run_files.SYSTEMD_MARK).exists(),
+        is_systemd=is_systemd,
         launcher=run_files.find_launcher(places),
         records=records,
         served=run_files.served(),
@@ -137,7 +147,7 @@ def _examine(places: Places, config_paths: list[Path]) -> list[Group]:
         *surroundings.examine_logs(places, _log_bytes_max(places)),
         *surroundings.examine_room(places, images),
     ]
-    first = Group(name=PLATFORM, program="launcherd", pid=scene.launcher, findings=tuple(platform))
+    first = Group(name=PLATFORM, program=starter, pid=scene.launcher, findings=tuple(platform))
     files = Group(name=CONFIG_FILES, program="vtpm", findings=tuple(config_findings))
     return [first, *groups, *([files] if config_findings else [])]
 
@@ -241,8 +251,10 @@ def _manager_setup(places: Places, config: DomainConfig) -> list[Finding]:
 
 
 def _run_directory(scene: Scene, name: str, role: Role) -> list[Finding]:
-    directory = scene.places.domain(name).directory
-    seen = surroundings.examine_directory(directory)
+    if scene.is_systemd:
+        seen = examine_own_directory(scene.places, name)
+    else:
+        seen = surroundings.examine_directory(scene.places.domain(name).directory)
     if seen.state is State.ABSENT:
         if not scene.is_running(name):
             return run_files.examine_record(scene, name)

@@ -28,6 +28,7 @@ from daemons.manager.handle_journal import read_leftovers
 from daemons.manager.request_memory import inspect_requests
 from daemons.places import CHIP_NAME, DOMAIN0_NAME, BadPlace, Places
 from daemons.registry import DamagedRegistry, DomainRecord, Registry, Role
+from daemons.systemd.stack_control import is_installed
 from daemons.xl.domain_config import read_domain
 
 SYSTEMD_MARK: Final = ".powered"
@@ -155,6 +156,13 @@ def is_powered(places: Places) -> bool:
         return mark.is_file() and mark.read_bytes() == boot_id().hex().encode("ascii")
     except OSError:
         return False
+
+
+def is_by_systemd(places: Places) -> bool:
+    """Whether the domains of an installation are started by systemd."""
+    if find_launcher(places) is not None:
+        return False
+    return is_installed(places) or os.access(places.registry / SYSTEMD_MARK, os.F_OK)
 
 
 def _power_mark(scene: Scene) -> Finding:

@@ -12,6 +12,7 @@ from daemons.doctor.finding import Finding, Subject, look_at
 from daemons.guestd import GuestdSettings
 from daemons.hwtpmd import HwtpmdSettings
 from daemons.launcher.launcher_settings import LauncherSettings
+from daemons.log_levels import read_levels
 from daemons.manager.admission import label_patterns
 from daemons.manager.manager_settings import VtpmmgrdSettings
 from daemons.manager.sealing import pcr_indices
@@ -71,8 +72,9 @@ def examine_settings(places: Places) -> list[Finding]:
             return subject.absent("the built-in policy holds")
         return subject.fine(f"{len(rules.rules)} rules")
 
-    findings.append(look_at(subject, look))
-    known = {f"{daemon}.toml" for daemon in _SETTINGS} | {places.policy.name}
+    findings += [look_at(subject, look), _log_levels(places)]
+    known = {f"{daemon}.toml" for daemon in _SETTINGS}
+    known |= {places.policy.name, places.log_levels.name}
     try:
         names = sorted(entry.name for entry in places.config.glob("*.toml"))
     except OSError:
@@ -84,6 +86,18 @@ def examine_settings(places: Places) -> list[Finding]:
         for name in names
         if name not in known
     ]
+
+
+def _log_levels(places: Places) -> Finding:
+    subject = Subject(places.log_levels, "the log levels")
+
+    def look() -> Finding:
+        read_levels(subject.path)
+        if subject.path.exists():
+            return subject.fine()
+        return subject.absent("the levels in the settings hold")
+
+    return look_at(subject, look)
 
 
 def _settings(places: Places, daemon: str) -> Finding:

@@ -23,7 +23,7 @@ import trio
 from daemons.errors import ExitCode, Failure
 from daemons.journal import boot_id
 from daemons.launcher.last_words import read_last_words
-from daemons.launcher.processes import is_alive, send_signal
+from daemons.launcher.processes import is_alive, is_stopped, send_signal
 from daemons.launcher.supervisor import Launched
 from daemons.places import CHIP_NAME, Places
 from daemons.private_files import UnsafeFile, read_checked
@@ -35,7 +35,6 @@ READY_NAME: Final = "ready"
 """In a domain's run directory, beside its journal: one of its processes was ready."""
 MARKER_BYTES_MAX: Final = 64
 CONFIG_BYTES_MAX: Final = 1 << 20
-_STOPPED: Final = "T"
 
 log = structlog.get_logger()
 
@@ -203,11 +202,7 @@ def launched_before(places: Places, record: DomainRecord) -> Launched | None:
 
 def is_standing(record: DomainRecord) -> bool:
     """Whether its process was paused."""
-    try:
-        stat = Path(f"/proc/{record.pid}/stat").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] == _STOPPED
+    return record.pid is not None and is_stopped(record.pid)
 
 
 def say_adopted(names: list[str]) -> None:

@@ -7,10 +7,8 @@ change to a running domain is refused and says so.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from uuid import UUID
-
-from daemons.errors import ExitCode, Failure
+from daemons.errors import Failure
+from daemons.launcher.device_rows import End, Row, disk_row, uuid_of, vtpm_row
 from daemons.launcher.domain import Domain
 from daemons.launcher.domains import Domains, Progress
 from daemons.launcher.launching import check_disks
@@ -19,18 +17,7 @@ from daemons.launcher.supervisor import RESTING, State
 from daemons.registry import VTPMS_MAX, VtpmDevice
 from daemons.xl.domain_config import disk_from_argument
 
-UNKNOWN = -1
-"""What xl prints for what nobody has published."""
 _CHANGEABLE = RESTING | {State.WAITING, State.BACKOFF}
-
-
-@dataclass(frozen=True, slots=True)
-class XenbusState:
-    """The numbers of xenbus for what the launcher can see of a connection."""
-
-    INITIALISING = 1
-    CONNECTED = 4
-    CLOSED = 6
 
 
 class Devices:
@@ -47,7 +34,7 @@ class Devices:
 
     async def vtpm_attach(
         self, _progress: Progress, domain: str, backend: str, uuid: str | None = None
-    ) -> dict[str, object]:
+    ) -> Row:
         """Give a domain a TPM frontend.
 
         Raises:
@@ -58,15 +45,13 @@ class Devices:
         if len(found.devices) >= VTPMS_MAX:
             raise _refused(f"attach a vTPM to {found.name}", f"it has {VTPMS_MAX} already")
         name = self._domains.backend_for(found, backend)
-        wanted = _uuid(uuid) if uuid is not None else None
+        wanted = uuid_of(uuid) if uuid is not None else None
         self._domains.refuse_twin(found, name, wanted)
         device = found.attach(name, wanted)
         self._changed(found)
         return self._vtpm_row(found, device)
 
-    async def vtpm_detach(
-        self, _progress: Progress, domain: str, devid_or_uuid: str
-    ) -> dict[str, object]:
+    async def vtpm_detach(self, _progress: Progress, domain: str, devid_or_uuid: str) -> Row:
         """Take a TPM frontend away, named by its uuid, or else by its number."""
         found = self._changeable(domain, "detach a vTPM from")
         for device in found.devices:
@@ -82,12 +67,12 @@ class Devices:
             f"vtpm vtpm-list {found.name} shows them",
         )
 
-    async def vtpm_list(self, _progress: Progress, domains: list[str]) -> list[dict[str, object]]:
+    async def vtpm_list(self, _progress: Progress, domains: list[str]) -> list[Row]:
         """List the TPM frontends of domains."""
         found = [self._stack.find(name) for name in domains]
         return [self._vtpm_row(domain, device) for domain in found for device in domain.devices]
 
-    async def block_attach(self, _progress: Progress, domain: str, spec: str) -> dict[str, object]:
+    async def block_attach(self, _progress: Progress, domain: str, spec: str) -> Row:
         """Give a domain a disk.
 
         Raises:
@@ -113,7 +98,7 @@ class Devices:
         self._changed(found)
         return self._disk_row(found, len(before))
 
-    async def block_list(self, _progress: Progress, domain: str) -> list[dict[str, object]]:
+    async def block_list(self, _progress: Progress, domain: str) -> list[Row]:
         """List the disks of a domain."""
         found = self._stack.find(domain)
         return [self._disk_row(found, number) for number in range(len(found.disks))]
@@ -133,81 +118,16 @@ class Devices:
         self._stack.registry.put(domain.record(None, None))
         self._stack.changes.announce()
 
-    def _vtpm_row(self, domain: Domain, device: VtpmDevice) -> dict[str, object]:
+    def _vtpm_row(self, domain: Domain, device: VtpmDevice) -> Row:
         backend = self._stack.domains.get(device.backend)
-        backend_domid = backend.domid if backend is not None else UNKNOWN
-        return {
-            "domain": domain.name,
-            "idx": device.devid,
-            "be": backend_domid,
-            "backend": device.backend,
-            "uuid": str(device.uuid),
-            "handle": device.handle,
-            "state": _xenbus_state(domain, backend),
-            # A ring here is a socket: it has neither event channel nor grant reference.
-            "evt_ch": UNKNOWN,
-            "ring_ref": UNKNOWN,
-            "be_path": f"/local/domain/{backend_domid}/backend/vtpm/{domain.domid}/{device.devid}",
-        }
+        return vtpm_row(_end(domain), device, _end(backend) if backend is not None else None)
 
-    def _disk_row(self, domain: Domain, number: int) -> dict[str, object]:
-        disk = domain.disks[number]
-        handle = _virtual_device_number(disk.vdev)
-        return {
-            "domain": domain.name,
-            "vdev": handle,
-            "name": disk.vdev,
-            "be": 0,
-            "handle": domain.domid,
-            "state": XenbusState.CONNECTED if domain.is_running else XenbusState.INITIALISING,
-            "evt_ch": UNKNOWN,
-            "ring_ref": UNKNOWN,
-            "be_path": f"/local/domain/0/backend/vbd/{domain.domid}/{handle}",
-            "target": disk.target,
-            "access": "w" if disk.is_writable else "r",
-        }
+    def _disk_row(self, domain: Domain, number: int) -> Row:
+        return disk_row(_end(domain), domain.disks[number])
 
 
-def _xenbus_state(frontend: Domain, backend: Domain | None) -> int:
-    """Tell how far a connection is, as far as it shows outside: both ends ready, or not."""
-    if backend is None:
-        return XenbusState.CLOSED
-    is_up = frontend.is_running and backend.is_running
-    return XenbusState.CONNECTED if is_up else XenbusState.INITIALISING
-
-
-def _virtual_device_number(vdev: str) -> int:
-    """Give the number that xl shows for a disk name.
-
-    Spec: xen-vbd-interface(7): hda is 768, hdc 5632, sda 2048; xvda is 51712; 256 numbers a disk
-        from xvdq on are left out,
-    nobody has them here.
-    """
-    if vdev.isdecimal():
-        return int(vdev)
-    letters = vdev.rstrip("0123456789")
-    partition = int(vdev[len(letters) :] or 0)
-    disk = ord(letters[-1]) - ord("a")
-    if letters.startswith("xvd"):
-        return (202 << 8) + (disk << 4) + partition
-    if letters.startswith("hd") and disk < 4:
-        return ((3 if disk < 2 else 22) << 8) + ((disk & 1) << 6) + partition
-    if letters.startswith("sd"):
-        return (8 << 8) + (disk << 4) + partition
-    return UNKNOWN
-
-
-def _uuid(text: str) -> UUID | None:
-    try:
-        uuid = UUID(text)
-    except ValueError as error:
-        raise Failure(
-            "cannot attach a vTPM",
-            why=f"{text[:60]!a} is not a uuid",
-            next_step="Give it in the form uuid=ac0a5b9e-cbe2-4c07-b43b-1d69e46fb839",
-            exit_code=ExitCode.USAGE,
-        ) from error
-    return uuid if uuid.int else None  # the nil uuid is a random one, as in libxl
+def _end(domain: Domain) -> End:
+    return End(name=domain.name, domid=domain.domid, is_running=domain.is_running)
 
 
 def _refused(

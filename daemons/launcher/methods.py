@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from daemons import log_levels
 from daemons.errors import ExitCode, Failure
 from daemons.guest.environment import guest_environment
 from daemons.launcher.chip import Chip
@@ -63,6 +64,7 @@ class Methods:
             "pause": Method(run=self._domains.pause, parameters=(_DOMAIN,)),
             "unpause": Method(run=self._domains.unpause, parameters=(_DOMAIN,)),
             "until_ready": Method(run=self._domains.until_ready, parameters=(_DOMAIN,)),
+            "reload": Method(run=self._reload),
             "list": Method(run=self._list),
             "status": Method(run=self._status),
             "domid": Method(run=self._domid, parameters=(Parameter(name="name", type=str),)),
@@ -111,6 +113,19 @@ class Methods:
         self, _progress: Progress, config_text: str, pid: int
     ) -> dict[str, object]:
         return domain_row(await self._domains.attach_external(config_text, pid))
+
+    async def _reload(self, _progress: Progress) -> None:
+        """Let everybody log as the file says now; a wrong one is refused before anybody reads it.
+
+        Raises:
+            Failure: It is wrong.
+        """
+        log_levels.read_levels(self._stack.places.log_levels)
+        log_levels.read_again()
+        self._chip.supervisor.reload()
+        for domain in self._stack.domains.values():
+            if domain.external is None:
+                domain.supervisor.reload()
 
     async def _list(self, _progress: Progress) -> list[dict[str, object]]:
         return list_rows(self._stack)

@@ -15,6 +15,8 @@ from pathlib import Path
 from daemons.listeners import start_time_of
 
 _PR_SET_CHILD_SUBREAPER = 36
+_STOPPED = "T"
+"""In /proc/PID/stat: by a signal, as SIGSTOP is."""
 
 
 def is_alive(pid: int, start_time: int) -> bool:
@@ -58,6 +60,15 @@ def send_signal(pid: int, start_time: int, number: signal.Signals) -> bool:
     finally:
         os.close(handle)
     return True
+
+
+def is_stopped(pid: int) -> bool:
+    """Tell whether a process stands still after SIGSTOP or SIGTSTP; one that is gone does not."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] == _STOPPED
 
 
 def pss_kib_of(pid: int) -> int | None:

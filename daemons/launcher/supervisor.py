@@ -275,6 +275,11 @@ class Supervisor:
         self._move(Event.UNPAUSE)
         return True
 
+    def reload(self) -> None:
+        """Let the process read again what may change while it runs (SIGHUP), if it serves."""
+        if self.state in {State.RUNNING, State.PAUSED} and self._process is not None:
+            self._process.signal(signal.SIGHUP)
+
     def restart(self, reason: str, *, drain_s: float | None = None) -> None:
         """Stop the process if there is one, and start it again without back-off.
 

@@ -7,6 +7,7 @@
 | register ROLE NAME | before the process of a domain starts |
 | forget ROLE NAME | after it has ended |
 | power-on | the platform's firmware |
+| reload | a daemon reads again what may change while it runs |
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def main(argv: list[str] | None = None) -> int:
         _run(options, Places(ROOT))
     except Failure as failure:
         print(failure, file=sys.stderr)  # noqa: T201
-        Notifier.from_environment(os.environ).status(f"{failure.what}: {failure.why}")
+        if options.what != "reload":  # the daemon serves on, and its status is its own
+            Notifier.from_environment(os.environ).status(f"{failure.what}: {failure.why}")
         return int(failure.exit_code)
     except Exception:  # noqa: BLE001 - the one place where a bug of ours ends
         traceback.print_exc()
@@ -53,17 +55,21 @@ def _run(options: argparse.Namespace, places: Places) -> None:
         from daemons.systemd.setting_up import set_up  # noqa: PLC0415
 
         set_up(places, options.name)
+    elif options.what == "reload":
+        from daemons.systemd.reloading import reload  # noqa: PLC0415
+
+        reload(places, int(os.environ["MAINPID"]))
     elif options.what == "power-on":
         from daemons.systemd.platform import power_on  # noqa: PLC0415
 
         power_on(places)
     else:
-        from daemons.systemd.registering import forget, register  # noqa: PLC0415
+        from daemons.systemd.registering import Ending, forget, register  # noqa: PLC0415
 
         if options.what == "register":
             register(places, options.name, options.role)
         else:
-            forget(places, options.name, options.role, os.environ.get("SERVICE_RESULT", ""))
+            forget(places, options.name, options.role, Ending.from_environment(os.environ))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -75,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     setup = ways.add_parser("setup", help="make the user and the directory of a domain")
     setup.add_argument("name")
     ways.add_parser("power-on", help="power the platform on and measure it")
+    ways.add_parser("reload", help="let the daemon with MAINPID read its log level again")
     for what, told in (("register", "before a process starts"), ("forget", "after it has ended")):
         way = ways.add_parser(what, help=told)
         way.add_argument("role", type=Role, choices=[r for r in Role if r is not Role.DOMAIN0])

@@ -24,10 +24,11 @@ import os
 import pwd
 import stat
 import subprocess
-from collections.abc import Iterable
-from dataclasses import replace
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 from daemons import policy
 from daemons.errors import ExitCode, Failure
@@ -51,6 +52,22 @@ from daemons.xl.domain_config import DomainConfig
 
 SUCCESS: Final = "success"
 """What systemd says (SERVICE_RESULT) of a service that has ended as it was asked to."""
+EXIT_CODE: Final = "exit-code"
+"""What it says of one whose process, or a program in front of it, has ended with a status."""
+EXITED: Final = "exited"
+FINAL_STATUSES: Final = frozenset(
+    str(int(code))
+    for code in (
+        ExitCode.USAGE,
+        ExitCode.DAMAGED,
+        ExitCode.NO_INPUT,
+        ExitCode.NO_PERMISSION,
+        ExitCode.CONFIGURATION,
+    )
+)
+"""What a restart cannot mend; the units' RestartPreventExitStatus= has the same."""
+FAILURES_MAX: Final = 5
+"""So often in a row a process may end by itself, with any other status, and is started again."""
 
 
 def register(places: Places, name: str, role: Role) -> None:
@@ -64,9 +81,14 @@ def register(places: Places, name: str, role: Role) -> None:
     Raises:
         Failure: Its files are not as they should be, or the platform has no power.
     """
-    if role is Role.HWTPM:
-        _register_chip(places)
-        return
+    with RunState(places).refused_unless_done(name):
+        if role is Role.HWTPM:
+            _register_chip(places)
+        else:
+            _register_domain(places, name, role)
+
+
+def _register_domain(places: Places, name: str, role: Role) -> None:
     config, text = read_file(path_of(places, name))
     _check_unit(config, role)
     others, _ = read_all(places)
@@ -78,6 +100,7 @@ def register(places: Places, name: str, role: Role) -> None:
     if role is Role.MANAGER:
         platform.launch_manager(places, text)
     state = RunState(places)
+    state.set_held(name, is_held=False)
     with state.locked():
         previous = state.reader.get(name)
         keeps = previous is not None and _goes_on(places, name, role)
@@ -90,18 +113,41 @@ def register(places: Places, name: str, role: Role) -> None:
         state.writer.put(_record(state, config, uid, previous if keeps else None))
 
 
-def forget(places: Places, name: str, role: Role, result: str) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ending:
+    """How a service has ended, in systemd's words.
+
+    Spec: systemd.exec(5), SERVICE_RESULT, EXIT_CODE and EXIT_STATUS.
+    """
+
+    result: str
+    code: str = ""
+    status: str = ""
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str]) -> Self:
+        """Read what systemd gives to ExecStopPost=."""
+        words = (environ.get(name, "") for name in ("SERVICE_RESULT", "EXIT_CODE", "EXIT_STATUS"))
+        result, code, status = words
+        return cls(result=result, code=code, status=status)
+
+
+def forget(places: Places, name: str, role: Role, ending: Ending) -> None:
     """Take away what an ended process leaves, if it has ended as it was asked to.
+
+    One that cannot run gives its socket up: who waits there would start it again and again.
 
     Args:
         places: Of the installation.
         name: Of the domain.
         role: What the unit starts.
-        result: SERVICE_RESULT.
+        ending: How its service has ended.
     """
-    if result != SUCCESS:
-        return
     state = RunState(places)
+    if ending.result != SUCCESS:
+        if _is_final(state, name, ending):
+            _give_up(unit_of(name, role), is_prevented=ending.status in FINAL_STATUSES)
+        return
     with state.locked():
         state.writer.remove(name)
         if role in {Role.HWTPM, Role.VTPM}:
@@ -110,6 +156,32 @@ def forget(places: Places, name: str, role: Role, result: str) -> None:
             (places.domain(name).directory / MEASUREMENTS).unlink(missing_ok=True)
         if role is Role.HWTPM:
             _forget_power(places, state)
+
+
+def _is_final(state: RunState, name: str, ending: Ending) -> bool:
+    """Tell whether another start would end as this one has. Who was killed has not failed."""
+    if state.is_refused(name):
+        return True
+    if ending.result != EXIT_CODE or ending.code != EXITED:
+        return False
+    if ending.status in FINAL_STATUSES:
+        return True
+    return state.count_failure(name, time.monotonic()) > FAILURES_MAX
+
+
+def _give_up(unit: str, *, is_prevented: bool) -> None:
+    """Stop the socket, and with it the next start; the unit stays failed, with its reason.
+
+    Args:
+        unit: Without its suffix.
+        is_prevented: systemd does not start it again by itself: then only the socket is stopped, so
+            that whoever waits for the start is told that it failed, not that it was cancelled.
+    """
+    print(f"{unit}.service cannot run, and is not started again", flush=True)  # noqa: T201
+    words = ["systemctl", "--no-block", "stop", f"{unit}.socket"]
+    if is_prevented:
+        words.append("--job-mode=ignore-dependencies")
+    subprocess.run(words, check=False)  # noqa: S603 - a unit of our own names
 
 
 def uid_of(name: str) -> int:

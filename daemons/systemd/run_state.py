@@ -22,6 +22,8 @@ from daemons.listeners import start_time_of
 from daemons.places import DOMAIN0_NAME, Places
 from daemons.registry import DomainRecord, Registry, RegistryWriter, Role
 
+STABLE_S: Final = 60.0
+"""Who fails again after more than this has failed for the first time."""
 READERS_GROUP: Final = "vtpm"
 """All daemons and domains: they look each other up."""
 
@@ -87,6 +89,45 @@ class RunState:
         beside = path.with_name(f"{path.name}.new")
         beside.write_text(f"VTPM_GO_ON={GO_ON if must else ''}\n", "ascii")
         beside.rename(path)
+
+    def _hold_mark(self, name: str) -> Path:
+        return self._directory / f".{name}.held"
+
+    def is_held(self, name: str) -> bool:
+        """Tell whether a domain was created paused, and nobody has started it since."""
+        return self._hold_mark(name).exists()
+
+    def set_held(self, name: str, *, is_held: bool) -> None:
+        """Write down that a domain was created paused, or that it need not be held back."""
+        if is_held:
+            self._hold_mark(name).touch(0o600)
+        else:
+            self._hold_mark(name).unlink(missing_ok=True)
+
+    def _refusal_mark(self, name: str) -> Path:
+        return self._directory / f".{name}.refused"
+
+    def is_refused(self, name: str) -> bool:
+        """Tell whether the last start of a domain ended before its process was begun."""
+        return self._refusal_mark(name).exists()
+
+    @contextlib.contextmanager
+    def refused_unless_done(self, name: str) -> Iterator[None]:
+        """Mark a domain as refused if what is done here is not done to the end."""
+        self._refusal_mark(name).touch(0o600)
+        yield
+        self._refusal_mark(name).unlink()
+
+    def count_failure(self, name: str, now_s: float) -> int:
+        """Count a process that has ended by itself; how many have, one soon after the other."""
+        path = self._directory / f".{name}.failures"
+        try:
+            text, _, last = path.read_text("ascii").partition(" ")
+            in_a_row = int(text) if now_s - float(last) < STABLE_S else 0
+        except (FileNotFoundError, ValueError):
+            in_a_row = 0
+        path.write_text(f"{in_a_row + 1} {now_s}\n", "ascii")
+        return in_a_row + 1
 
     @property
     def _power_mark(self) -> Path:

@@ -3,22 +3,29 @@
 So the `vtpm` command needs not know who runs the stack: `open_control` finds out. What systemd
 knows is asked with `systemctl show`; who is who is in the registry; what a domain is, in its file.
 
-What only a launcher can do (attach a device to a running domain, pause one) is refused, and the
-refusal names what to edit instead.
+A domain that was created paused has its file and its unit, which is not started; a mark beside the
+registry's records says so. A paused one is stopped by a signal, and its process shows it.
 """
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
+from uuid import UUID
 
 from daemons.errors import ExitCode, Failure
 from daemons.launcher_client import LauncherClient, StackNotUp
 from daemons.places import CHIP_NAME, DOMAIN0_NAME, Places
+
+if TYPE_CHECKING:
+    from daemons.launcher.device_rows import End
+    from daemons.registry import DomainRecord
+    from daemons.systemd.run_state import RunState
+    from daemons.xl.domain_config import DomainConfig
 
 TARGET: Final = "vtpm-stack.target"
 EVERYBODY: Final = tuple(
@@ -30,6 +37,11 @@ PLATFORM: Final = "vtpm-platform.service"
 _SHOWN: Final = (
     "Id,LoadState,ActiveState,SubState,Result,MainPID,NRestarts,StatusText,ExecMainStatus"
 )
+STOP_S: Final = 5.0
+"""How long a process may take to stop where it stands: it may be in a command."""
+_LOOK_AGAIN_S: Final = 0.02
+_TOLD: Final = frozenset(int(code) for code in ExitCode if code is not ExitCode.DONE)
+"""Statuses of daemons that are those of the command, too."""
 _SYSTEMD_RUNS: Final = Path("/run/systemd/system")
 _STATES: Final[Mapping[str, str]] = {
     "active": "running",
@@ -121,14 +133,21 @@ class SystemdStack:
         # All by name: of the target alone, systemctl would only wait until it has begun.
         _ordered("stop", TARGET, *EVERYBODY)
 
+    def _do_reload(self, _progress: Progress) -> None:
+        from daemons.log_levels import read_levels  # noqa: PLC0415 - only needed here
+
+        read_levels(self._places.log_levels)
+        rows = [{"unit": "hwtpmd", **self._chip()}, *self._rows()]
+        units = [f"{row['unit']}.service" for row in rows if row["pid"] is not None]
+        _ordered("reload", *units)
+
     def _do_create(
         self, progress: Progress, *, config_text: str, path: str, paused: bool = False
     ) -> Row:
+        from daemons.systemd.device_files import write_private  # noqa: PLC0415
         from daemons.systemd.domain_files import check_fits, unit_of  # noqa: PLC0415
         from daemons.xl.domain_config import parse_domain  # noqa: PLC0415 - slow to load
 
-        if paused:
-            raise _only_a_launcher("pause")
         config = parse_domain(config_text, path)
         check_fits(config)
         unit = unit_of(config.name, config.role)
@@ -139,25 +158,62 @@ class SystemdStack:
                 next_step=f"To make it anew: vtpm destroy {config.name}",
             )
         progress(f"putting its config file into {self._places.domains}")
-        _write_private(self._places.domains / f"{config.name}.cfg", config_text)
+        write_private(self._places.domains / f"{config.name}.cfg", config_text)
         _ordered("daemon-reload")
         _ordered("reset-failed", f"{unit}.service", f"{unit}.socket", may_fail=True)
-        progress(f"starting {unit}.service")
-        _ordered("start", f"{unit}.socket", f"{unit}.service")
+        if paused:
+            self._run_state().set_held(config.name, is_held=True)
+        else:
+            self._start(progress, unit)
         return self._row(config.name)
 
     def _do_destroy(self, progress: Progress, *, domain: str) -> None:
-        unit = self._unit(domain)
-        progress(f"stopping {unit}.service")
-        _ordered("stop", f"{unit}.service", f"{unit}.socket")
+        found = self._find(domain)
+        if found["is_held"]:
+            self._run_state().set_held(found["name"], is_held=False)
+        progress(f"stopping {found['unit']}.service")
+        _ordered("stop", f"{found['unit']}.service", f"{found['unit']}.socket")
 
     _do_shutdown = _do_destroy
 
     def _do_reboot(self, progress: Progress, *, domain: str) -> Row:
-        unit = self._unit(domain)
-        progress(f"restarting {unit}.service")
-        _ordered("restart", f"{unit}.service")
-        return self._row(self._name(domain))
+        found = self._find(domain)
+        if found["is_held"]:
+            raise _cannot(f"reboot {found['name']}", "it is paused and has not been started")
+        progress(f"restarting {found['unit']}.service")
+        _ordered("restart", f"{found['unit']}.service")
+        return self._row(found["name"])
+
+    def _do_until_ready(self, progress: Progress, *, domain: str) -> None:
+        found = self._find(domain)
+        if found["state"] != "paused":
+            self._start(progress, found["unit"])
+
+    def _do_pause(self, _progress: Progress, *, domain: str) -> None:
+        found = self._find(domain)
+        if found["state"] == "paused":
+            return
+        if found["state"] != "running":
+            raise _cannot(f"pause {found['name']}", f"it is {found['state']}")
+        # Not SIGSTOP, of which the watchdog would not be told.
+        _signal(found["unit"], "TSTP")
+        from daemons.launcher.processes import is_stopped  # noqa: PLC0415 - slow to load
+
+        if not _has_come(lambda: is_stopped(found["pid"])):
+            raise _cannot(
+                f"pause {found['name']}",
+                f"its process {found['pid']} does not stop",
+                f"systemctl status {found['unit']}.service tells how it is",
+            )
+
+    def _do_unpause(self, progress: Progress, *, domain: str) -> None:
+        found = self._find(domain)
+        if found["state"] == "paused" and not found["is_held"]:
+            _signal(found["unit"], "CONT")
+        elif found["state"] in {"paused", "shutdown"}:
+            self._start(progress, found["unit"])
+        elif found["state"] != "running":
+            raise _cannot(f"unpause {found['name']}", f"it is {found['state']}")
 
     def _do_list(self, _progress: Progress) -> list[Row]:
         return [self._domain0(), *self._rows()]
@@ -185,23 +241,87 @@ class SystemdStack:
 
         return read_pcrs(self._places)
 
+    def _do_vtpm_attach(
+        self, _progress: Progress, *, domain: str, backend: str, uuid: str | None = None
+    ) -> Row:
+        from daemons.systemd.device_files import attach_vtpm  # noqa: PLC0415 - only needed here
+
+        name = self._at_rest(domain, "attach a vTPM to")
+        known = self._name(backend) if backend.isdecimal() and backend != "0" else backend
+        attach_vtpm(self._places, name, known, uuid)
+        _ordered("daemon-reload")
+        return self._vtpm_rows(name)[-1]
+
+    def _do_vtpm_detach(self, _progress: Progress, *, domain: str, devid_or_uuid: str) -> Row:
+        from daemons.systemd.device_files import detach_vtpm  # noqa: PLC0415 - only needed here
+
+        name = self._at_rest(domain, "detach a vTPM from")
+        before = self._vtpm_rows(name)
+        detach_vtpm(self._places, name, devid_or_uuid)
+        _ordered("daemon-reload")
+        return next(r for r in before if devid_or_uuid.lower() in {r["uuid"], str(r["idx"])})
+
     def _do_vtpm_list(self, _progress: Progress, *, domains: list[str]) -> list[Row]:
-        rows = self._rows()
-        wanted = [self._name(name) for name in domains]
-        return [
-            {"domain": row["name"], **device}
-            for row in rows
-            if not wanted or row["name"] in wanted
-            for device in row["vtpms"]
-        ]
+        return [row for name in domains for row in self._vtpm_rows(self._name(name))]
+
+    def _do_block_attach(self, _progress: Progress, *, domain: str, spec: str) -> Row:
+        from daemons.systemd.device_files import attach_disk  # noqa: PLC0415 - only needed here
+
+        name = self._at_rest(domain, "attach a disk to")
+        attach_disk(self._places, name, spec)
+        _ordered("daemon-reload")
+        return self._do_block_list(_progress, domain=name)[-1]
+
+    def _do_block_list(self, _progress: Progress, *, domain: str) -> list[Row]:
+        from daemons.launcher.device_rows import disk_row  # noqa: PLC0415 - only needed here
+        from daemons.systemd.domain_files import path_of, read_file  # noqa: PLC0415
+
+        found = self._find(domain)
+        config, _ = read_file(path_of(self._places, found["name"]))
+        return [disk_row(_end(found), disk) for disk in config.disks]
+
+    def _at_rest(self, domain: str, what: str) -> str:
+        """Give the name of a domain whose devices may change: one without a process."""
+        from daemons.systemd.device_files import refused  # noqa: PLC0415 - only needed here
+
+        found = self._find(domain)
+        if found["pid"] is None and not found["state"].startswith(("starting", "restarting")):
+            return str(found["name"])
+        raise refused(
+            f"{what} {found['name']}",
+            f"it is {found['state']}, and domains look for their devices when they start",
+            f"vtpm destroy {found['name']}; attach or detach; vtpm unpause {found['name']}",
+        )
+
+    def _vtpm_rows(self, name: str) -> list[Row]:
+        from daemons.launcher.device_rows import vtpm_row  # noqa: PLC0415 - only needed here
+        from daemons.registry import VtpmDevice  # noqa: PLC0415
+
+        rows = {row["name"]: row for row in self._rows(with_resting=True)}
+        listed = []
+        for device in rows[name]["vtpms"]:
+            uuid = UUID(device["uuid"])
+            frontend = VtpmDevice(
+                devid=device["devid"], backend=device["backend"], uuid=uuid, handle=device["devid"]
+            )
+            backend = rows.get(device["backend"])
+            its_end = _end(backend) if backend is not None else None
+            listed.append(vtpm_row(_end(rows[name]), frontend, its_end))
+        return listed
 
     # -- what there is ---------------------------------------------------------------------------
 
     def _name(self, name_or_domid: str) -> str:
         return str(self._find(name_or_domid)["name"])
 
-    def _unit(self, name_or_domid: str) -> str:
-        return str(self._find(name_or_domid)["unit"])
+    def _start(self, progress: Progress, unit: str) -> None:
+        progress(f"starting {unit}.service")
+        _ordered("start", f"{unit}.socket", f"{unit}.service")
+
+    def _run_state(self) -> RunState:
+        from daemons.systemd.run_state import RunState  # noqa: PLC0415 - slow to load
+
+        return RunState(self._places)
 
     def _find(self, name_or_domid: str) -> Row:
         rows = self._rows(with_resting=True)
@@ -223,6 +343,7 @@ class SystemdStack:
         from daemons.systemd.domain_files import read_all, unit_of  # noqa: PLC0415
 
         configs, _ = read_all(self._places)
+        state = self._run_state()
         units = {name: unit_of(name, config.role) for name, config in configs.items()}
         shown = _show_all([f"{unit}.service" for unit in units.values()])
         registry = Registry(self._places.registry)
@@ -230,9 +351,9 @@ class SystemdStack:
         for name, config in configs.items():
             record = registry.get(name)
             properties = shown[f"{units[name]}.service"]
-            if properties["ActiveState"] == "inactive" and not with_resting:
+            is_held = properties["ActiveState"] == "inactive" and state.is_held(name)
+            if properties["ActiveState"] == "inactive" and not (with_resting or is_held):
                 continue
-            vtpms = record.vtpms if record is not None else ()
             rows.append(
                 {
                     "name": name,
@@ -241,11 +362,11 @@ class SystemdStack:
                     "label": record.label if record is not None else config.label,
                     "role": config.role.value,
                     **_life(properties),
+                    **({"state": "paused"} if is_held else {}),
+                    "is_held": is_held,
                     "memory": config.memory_mib,
                     "vif": [vif.text for vif in config.vifs],
-                    "vtpms": [
-                        {"devid": d.devid, "backend": d.backend, "uuid": str(d.uuid)} for d in vtpms
-                    ],
+                    "vtpms": _vtpms(config, record if properties["MainPID"] != "0" else None),
                     "backends": [device.backend for device in config.vtpms],
                     "boot_hash": record.boot_hash if record is not None else "",
                     "warnings": list(config.warnings),
@@ -285,8 +406,31 @@ class SystemdStack:
         return row
 
 
+def _vtpms(config: DomainConfig, record: DomainRecord | None) -> list[Row]:
+    """The TPM frontends of a domain: as it runs, or else as its file has them."""
+    if record is not None:
+        found = [(device.devid, device.backend, device.uuid) for device in record.vtpms]
+    else:
+        random = UUID(int=0)
+        found = [(n, spec.backend, spec.uuid or random) for n, spec in enumerate(config.vtpms)]
+    return [
+        {"devid": devid, "backend": backend, "uuid": str(uuid)} for devid, backend, uuid in found
+    ]
+
+
+def _end(row: Row) -> End:
+    from daemons.launcher.device_rows import UNKNOWN, End  # noqa: PLC0415 - only needed here
+
+    domid = UNKNOWN if row["domid"] is None else int(row["domid"])
+    return End(name=row["name"], domid=domid, is_running=row["state"] == "running")
+
+
 def _life(properties: Properties) -> Row:
+    from daemons.launcher.processes import is_stopped  # noqa: PLC0415 - slow to load
+
     state = _STATES.get(properties["ActiveState"], properties["ActiveState"])
+    if state == "running" and is_stopped(int(properties["MainPID"] or 0)):
+        state = "paused"
     if properties["SubState"] == "auto-restart":
         state = "restarting"
     reason = ""
@@ -322,12 +466,35 @@ def _ordered(*words: str, may_fail: bool = False) -> None:
     """Give systemd an order and wait until it is carried out."""
     done = _systemctl(*words)
     if done.returncode and not may_fail:
-        reasons = []
-        for unit in words[1:]:
+        reasons, statuses = [], [int(ExitCode.FAILED)]
+        for unit in (word for word in words[1:] if not word.startswith("-") and "*" not in word):
+            _has_come(lambda unit=unit: not _is_under_way(unit))  # type: ignore[misc]
             shown = _show(unit)
             if shown["ActiveState"] == "failed":
                 reasons.append(f"{unit}: {shown['StatusText'] or shown['Result']}")
-        raise _systemd_failed(" ".join(words), "; ".join(reasons) or done.stderr)
+                statuses.append(int(shown["ExecMainStatus"] or 0))
+        why = "; ".join(reasons) or done.stderr
+        exit_code = ExitCode(statuses[-1]) if statuses[-1] in _TOLD else ExitCode.FAILED
+        raise _systemd_failed(" ".join(words), why, exit_code)
+
+
+def _is_under_way(unit: str) -> bool:
+    """A start that was given up may be told before its unit has come to rest."""
+    return _show(unit)["ActiveState"] in {"activating", "deactivating"}
+
+
+def _signal(unit: str, name: str) -> None:
+    _ordered("kill", "--kill-whom=main", f"--signal=SIG{name}", f"{unit}.service")
+
+
+def _has_come(is_so: Callable[[], bool]) -> bool:
+    """Wait for something that a process does because it was told to."""
+    deadline = time.monotonic() + STOP_S
+    while not is_so():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_LOOK_AGAIN_S)
+    return True
 
 
 def _systemctl(*words: str) -> subprocess.CompletedProcess[str]:
@@ -342,36 +509,25 @@ def _systemctl(*words: str) -> subprocess.CompletedProcess[str]:
         raise _systemd_failed(" ".join(words), error.strerror or str(error)) from error
 
 
-def _systemd_failed(words: str, said: str) -> Failure:
+def _systemd_failed(words: str, said: str, exit_code: ExitCode = ExitCode.FAILED) -> Failure:
     return Failure(
         f"systemctl {words} failed",
         why=" ".join(said.split()) or "it gives no reason",
         next_step="journalctl -b --unit UNIT tells more",
-        exit_code=ExitCode.FAILED,
+        exit_code=exit_code,
     )
+
+
+def _cannot(
+    what: str, why: str, next_step: str = "`vtpm list` shows the domains and their states"
+) -> Failure:
+    return Failure(f"cannot {what}", why=why, next_step=next_step)
 
 
 def _only_a_launcher(method: str) -> Failure:
     return Failure(
         f"cannot do this ({method}) with a stack that systemd runs",
-        why="its domains are what their files in /etc/vtpm/domains say",
-        next_step="Edit the file, then: systemctl daemon-reload, and vtpm reboot DOMAIN",
+        why="its processes are those of its units, and no others",
+        next_step="Do it in a stack of its own: vtpm up --root DIR CFG...",
         exit_code=ExitCode.USAGE,
     )
-
-
-def _write_private(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.new")
-    try:
-        beside.unlink(missing_ok=True)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        with os.fdopen(os.open(beside, flags, 0o600), "w", encoding="utf-8") as file:
-            file.write(text)
-        beside.rename(path)
-    except OSError as error:
-        raise Failure(
-            f"cannot write {path}",
-            why=error.strerror or str(error),
-            next_step="Run it as root; make install makes the directory",
-            exit_code=ExitCode.NO_PERMISSION,
-        ) from error

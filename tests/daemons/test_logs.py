@@ -47,7 +47,7 @@ def test_level_names_of_xl_choose_what_is_written(configured, level, written):
 
 
 def test_unknown_level_is_refused_with_the_choices():
-    with pytest.raises(Failure, match="error, info, debug"):
+    with pytest.raises(Failure, match="error, warning, info, debug"):
         logs.configure("vtpmd", level="loud\n")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,7 @@ class Workload:
         count_id: The counter that `prepare` made.
         rounds: How many were done.
         pauses_s: How long the slowest exchanges took, in seconds.
+        is_over: To be set by who has seen enough.
     """
 
     tpm0: Path
@@ -42,6 +44,7 @@ class Workload:
     count_id: int = 0
     rounds: int = 0
     pauses_s: list[float] = field(default_factory=list)
+    is_over: threading.Event = field(default_factory=threading.Event)
 
     def prepare(self) -> None:
         """Own the TPM, and make what the rounds use."""
@@ -67,7 +70,7 @@ class Workload:
             expected_count = tpm.read_counter(self.count_id).counter
             pcr = tpm.pcr_read(PCR)
             session = tpm.oiap()
-            while time.monotonic() < until:
+            while time.monotonic() < until and not self.is_over.is_set():
                 measurement = chance.randbytes(20)
                 pcr = hashlib.sha1(pcr + measurement, usedforsecurity=False).digest()
                 assert tpm.extend(PCR, measurement) == pcr, "PCR 10 is not what was extended"

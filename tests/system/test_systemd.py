@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 
 import pytest
@@ -17,6 +18,7 @@ from tests.system.systemd.installed import (
     GUEST1,
     GUEST2,
     MANAGER,
+    PAGE,
     SERVICES,
     TARGET,
     VTPM1,
@@ -66,6 +68,26 @@ def test_the_target_brings_up_the_whole_stack(stack):
     assert all(row["explained"] in {True, None} for row in stack.vtpm_json("pcrs", "hwtpm"))
     measured = stack.vtpm_json("pcrs", "guest1")
     assert [row["explained"] for row in measured if row["pcr"] in {4, 5}] == [True, True]
+
+
+def commands_told_in(heading):
+    """The indented lines at the end of a section of the page, without what is said beside them."""
+    section = PAGE.read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
+    lines = re.findall(r"^ {4}(\S.*)$", section.split("```")[-1], re.MULTILINE)
+    return [re.split(r" {4,}", line)[0] for line in lines]
+
+
+@pytest.mark.skipif(not shutil.which("tcsd"), reason="TrouSerS is not installed")
+def test_the_page_s_commands_do_what_it_says(stack):
+    told = commands_told_in("From apt to a running guest")
+    told += commands_told_in("When a unit does not start")
+    assert len(told) > 8
+    for command in told:
+        if not command.startswith(("apt-get ", "make ")):
+            said = stack.run("sh", "-c", command).stdout
+            if "tpm_version" in command:
+                assert "TPM 1.2 Version Info" in said
+    stack.run("rm", "/etc/vtpm/log-levels.toml")
 
 
 def test_each_unit_tells_how_it_is(stack):
@@ -232,6 +254,45 @@ def test_the_watchdog_leaves_alone_what_works(watched):
     assert pids(watched) == before
 
 
+def test_the_watchdog_leaves_alone_what_is_paused(watched):
+    """SIGSTOP is a hang, which the watchdog ends; a pause is not."""
+    before = pids(watched)
+    told = int(watched.show(GUEST1, "WatchdogTimestampMonotonic"))
+    watched.vtpm("pause", "guest1")
+    hung = watched.pid(GUEST2)
+    watched.run("kill", "-STOP", str(hung))
+    watched.until(lambda: watched.pid(GUEST2) not in {0, hung}, "another guest2: its time is over")
+    assert watched.pid(GUEST1) == before[GUEST1], "it had no more time than guest2"
+    watched.vtpm("unpause", "guest1")
+    watched.until(
+        lambda: int(watched.show(GUEST1, "WatchdogTimestampMonotonic")) > told, "another ping"
+    )
+    watched.until_active(*SERVICES)
+    assert watched.pid(GUEST1) == before[GUEST1]
+    assert watched.show(GUEST1, "WatchdogUSec") == "2s"
+
+
+def test_a_manager_that_is_refused_is_not_started_again_and_again(stack):
+    """Whoever waits at its socket would start it anew for ever."""
+    image = "/images/vtpmmgr-stubdom.img"
+    stack.stop()
+    stack.run(
+        "sh",
+        "-c",
+        f"cp {image} /root/whole && tr '\\0-\\377' '\\1-\\377\\0' < /root/whole > {image}",
+    )
+    stack.systemctl("start", "--no-block", TARGET)
+    stack.until(lambda: stack.show(MANAGER, "ActiveState") == "failed", "the manager refused")
+    starts = int(stack.show(MANAGER, "NRestarts"))
+    said = stack.journal("--unit", MANAGER)
+    assert "is not started again" in said
+    assert not stack.is_active("vtpmmgrd.socket")
+    stack.run("cp", "/root/whole", image)
+    assert int(stack.show(MANAGER, "NRestarts")) == starts
+    stack.systemctl("start", MANAGER)
+    stack.until_active(*SERVICES)
+
+
 # -- stop, start, reboot ---------------------------------------------------------------------------
 
 
@@ -291,8 +352,9 @@ def test_domains_come_and_go_by_the_command(stack):
     before = int(stack.vtpm("domid", "guest2"))
     stack.vtpm("reboot", "guest2")
     assert int(stack.vtpm("domid", "guest2")) != before
-    refused = stack.run("vtpm", "pause", "guest2", status=2)
-    assert "/etc/vtpm/domains" in refused.stderr
+    stack.vtpm("up", "/root/guest2.cfg")  # it is there, and stays as it is
+    refused = stack.run("vtpm", "fault", "run", "/root/guest2.cfg", status=2)
+    assert "vtpm up --root DIR" in refused.stderr
 
 
 def test_a_guest_is_added_as_the_document_says(stack):
@@ -332,6 +394,22 @@ memory=64
 disk=["file:/images/guest1.img,xvda,w"]
 vtpm=["backend=nobody"]
 """
+
+
+def test_the_doctor_finds_an_installed_stack_well_up_and_down(stack):
+    assert "refused" not in stack.vtpm("doctor", "--all")
+    stack.stop()
+    assert "refused" not in stack.vtpm("doctor", "--all")
+
+
+@pytest.mark.parametrize("path", ["/run/vtpm/guest1", "/var/lib/vtpm"])
+def test_the_doctor_knows_whose_directory_it_is_and_what_gives_it_back(stack, path):
+    stack.run("chown", "daemon:", path)
+    said = stack.run("vtpm", "doctor", status=65).stdout
+    (step,) = (line.split("next:")[1] for line in said.splitlines() if "next:" in line)
+    stack.run("sh", "-c", step)
+    stack.until_active(*SERVICES)
+    assert "refused" not in stack.vtpm("doctor")
 
 
 # -- the units themselves --------------------------------------------------------------------------

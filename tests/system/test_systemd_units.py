@@ -13,12 +13,16 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import typer
+
+from daemons.cli.app import app
 
 PROJECT = Path(__file__).resolve().parents[2]
 INSTALL = PROJECT / "systemd" / "install.py"
 SERVICES = sorted(path.name for path in (PROJECT / "systemd").glob("*.service"))
 LISTENING = {"hwtpmd", "vtpmmgrd", "vtpm@", "vtpm-guest@"}
 EXPOSURE_MAX = 1.0
+DAEMONS = ("hwtpmd", "vtpmmgrd", "vtpmd", "guestd", "launcherd")
 
 needs_systemd = pytest.mark.skipif(
     not shutil.which("systemd-analyze"), reason="systemd is not installed"
@@ -136,9 +140,7 @@ def man_page(destdir, name):
 
 
 @pytest.mark.skipif(not shutil.which("groff"), reason="groff is not installed")
-@pytest.mark.parametrize(
-    "name", ["vtpm.1", "vtpm-stack.7", *(f"{d}.8" for d in ("hwtpmd", "vtpmmgrd", "vtpmd"))]
-)
+@pytest.mark.parametrize("name", ["vtpm.1", "vtpm-stack.7", *(f"{daemon}.8" for daemon in DAEMONS)])
 def test_man_pages_are_set_without_a_warning(destdir, name):
     page = man_page(destdir, name)
     made = subprocess.run(
@@ -148,7 +150,22 @@ def test_man_pages_are_set_without_a_warning(destdir, name):
     assert name.partition(".")[0] in made.stdout
 
 
-@pytest.mark.parametrize("program", ["hwtpmd", "vtpmmgrd", "vtpmd", "guestd", "launcherd"])
+def test_the_page_of_the_command_has_every_subcommand(destdir):
+    page = man_page(destdir, "vtpm.1").read_text().replace("\\-", "-")
+    told = set(re.findall(r"^\.SS \\fBvtpm ([^\\]+)\\fR$", page, re.MULTILINE))
+    assert told == set(_subcommands(typer.main.get_command(app)))
+
+
+def _subcommands(group, before=()):
+    for name, command in group.commands.items():
+        words = (*before, name)
+        if hasattr(command, "commands"):
+            yield from _subcommands(command, words)
+        else:
+            yield " ".join(words)
+
+
+@pytest.mark.parametrize("program", DAEMONS)
 def test_a_daemons_page_has_its_options_and_no_other(destdir, program):
     """One source is not enough if it is wrong: the program itself says what it takes."""
     helped = subprocess.run(

@@ -579,6 +579,14 @@ def test_settings_file_of_no_daemon_is_a_warning(stack):
     assert stack.about(path).state is State.WARNING
 
 
+@pytest.mark.parametrize(
+    ("text", "state"), [('level = "debug"', State.FINE), ('level = "loud"', State.REFUSED)]
+)
+def test_log_levels_are_read_as_the_daemons_do(stack, text, state):
+    stack.places.log_levels.write_text(text)
+    assert stack.about(stack.places.log_levels).state is state
+
+
 def test_directory_open_to_others_is_refused(stack):
     stack.places.state.chmod(0o755)
     found = stack.about(stack.places.state)

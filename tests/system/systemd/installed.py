@@ -15,7 +15,6 @@ from daemons.world import SystemRng
 from tests.system.systemd.machine import PROJECT, Machine, booted
 from tpm12.client import TpmClient
 
-EXAMPLES = PROJECT / "examples" / "trusted-dom0"
 CHIP, MANAGER = "hwtpmd.service", "vtpmmgrd.service"
 VTPM1, VTPM2 = "vtpm@vtpm-guest1.service", "vtpm@vtpm-guest2.service"
 GUEST1, GUEST2 = "vtpm-guest@guest1.service", "vtpm-guest@guest2.service"
@@ -24,18 +23,7 @@ TARGET = "vtpm-stack.target"
 WAIT_S = 60.0
 _LOOK_AGAIN_S = 0.05
 
-_MAKE_DOMAINS = """
-set -e
-mkdir -p /images
-cp "$1"/*.cfg /etc/vtpm/domains/
-for image in vtpmmgr-stubdom vtpm-guest1 vtpm-guest2 guest1 guest2; do
-    dd if=/dev/zero of=/images/$image.img bs=1M count=2 status=none
-done
-for guest in guest1 guest2; do
-    vtpm image make /images/$guest.img --kernel "$1/$guest.cfg" --initrd "$1/README.md" \
-        --cmdline "root=/dev/xvda1 ro"
-done
-"""
+PAGE = PROJECT / "docs" / "systemd.md"
 
 T = TypeVar("T")
 
@@ -115,8 +103,14 @@ class Installed:
 def install(machine: Machine) -> Installed:
     """Do what the document says, up to the start."""
     machine.run(sys.executable, str(PROJECT / "systemd" / "install.py"))
-    machine.run("sh", "-c", _MAKE_DOMAINS, "sh", str(EXAMPLES))
+    machine.run("sh", "-e", "-c", f"cd {PROJECT}\n{_domains_as_told()}")
     return Installed(machine)
+
+
+def _domains_as_told() -> str:
+    """The page's own block of commands that puts config files and images in place."""
+    (block,) = re.findall(r"^```sh systemd\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    return str(block)
 
 
 @contextlib.contextmanager
