@@ -186,6 +186,9 @@ class TisLink:
         # The chip may hold a response that must not be taken for the next command's; also one of an
         # earlier process, so this is where every link begins.
         self._is_unfinished = True
+        self._is_response_kept = (
+            False  # in the chip, for a caller who may be killed before `finish`
+        )
         self._letting_go = threading.Event()
         self._let_go_thread: threading.Thread | None = None
 
@@ -204,7 +207,7 @@ class TisLink:
         self._is_closing = True
         if self._letting_go.is_set() and self._turn.acquire(blocking=False):
             try:
-                if not self._is_unfinished:
+                if not self._is_response_kept:
                     self._relinquish_if_connected()
             finally:
                 self._turn.release()
@@ -235,7 +238,9 @@ class TisLink:
         `resume` what became of the command.
         """
         with self._turn, self._told("run a command on"):
-            return self._execute(request, is_outstanding=False)
+            response = self._execute(request, is_outstanding=False)
+            self._is_response_kept = True
+            return response
 
     def finish(self) -> None:
         """Let the chip forget the response."""
@@ -248,7 +253,9 @@ class TisLink:
         It is run now if it had not run. Its response stays in the chip until `finish`.
         """
         with self._turn, self._told("resume a command on"):
-            return self._execute(request, is_outstanding=True)
+            response = self._execute(request, is_outstanding=True)
+            self._is_response_kept = True
+            return response
 
     def let_go(self) -> None:
         """Give the locality up within `HOLD_S`; what comes before that finds it still held.
@@ -267,8 +274,7 @@ class TisLink:
             self._letting_go.wait()
             time.sleep(HOLD_S)
             with self._turn:
-                # A response that waits in the chip is taken first; who takes it comes here again.
-                if not self._is_unfinished:
+                if not self._is_response_kept:
                     self._letting_go.clear()
                     self._relinquish_if_connected()
 
@@ -329,6 +335,7 @@ class TisLink:
     def _execute(self, request: bytes, *, is_outstanding: bool) -> bytes:
         connect_timeout_s = self._connect_timeout_s
         deadline_s: float | None = None
+        self._is_response_kept = False
         while True:
             try:
                 wire = self._connected(connect_timeout_s, self._driver.timing.duration_s(request))
@@ -352,6 +359,7 @@ class TisLink:
                 time.sleep(CONNECT_RETRY_S)
 
     def _finish(self) -> None:
+        self._is_response_kept = False
         # With the connection lost there is nothing to do here: the next command begins with it.
         if self._wire is not None:
             try:
