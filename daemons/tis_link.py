@@ -186,9 +186,8 @@ class TisLink:
         # The chip may hold a response that must not be taken for the next command's; also one of an
         # earlier process, so this is where every link begins.
         self._is_unfinished = True
-        self._is_response_kept = (
-            False  # in the chip, for a caller who may be killed before `finish`
-        )
+        # A caller who may be killed before `finish` has yet to take the response from the chip.
+        self._is_response_kept = False
         self._letting_go = threading.Event()
         self._let_go_thread: threading.Thread | None = None
 
