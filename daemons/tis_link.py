@@ -288,6 +288,8 @@ class TisLink:
         # The chip may hold a response that must not be taken for the next command's; also one of an
         # earlier process, so this is where every link begins.
         self._is_unfinished = True
+        # A caller who may be killed before `finish` has yet to take the response from the chip.
+        self._is_response_kept = False
         self._letting_go = threading.Event()
         self._let_go_thread: threading.Thread | None = None
 
@@ -306,7 +308,7 @@ class TisLink:
         self._is_closing = True
         if self._letting_go.is_set() and self._turn.acquire(blocking=False):
             try:
-                if not self._is_unfinished:
+                if not self._is_response_kept:
                     self._relinquish_if_connected()
             finally:
                 self._turn.release()
@@ -337,7 +339,9 @@ class TisLink:
         `resume` what became of the command.
         """
         with self._turn, self._told("run a command on"):
-            return self._execute(request, is_outstanding=False)
+            response = self._execute(request, is_outstanding=False)
+            self._is_response_kept = True
+            return response
 
     def finish(self) -> None:
         """Let the chip forget the response."""
@@ -350,7 +354,9 @@ class TisLink:
         It is run now if it had not run. Its response stays in the chip until `finish`.
         """
         with self._turn, self._told("resume a command on"):
-            return self._execute(request, is_outstanding=True)
+            response = self._execute(request, is_outstanding=True)
+            self._is_response_kept = True
+            return response
 
     def recollect(self, request: bytes) -> bytes | None:
         """Give the response of a command that an earlier process left outstanding, if it has run.
@@ -361,13 +367,16 @@ class TisLink:
         """
         with self._turn, self._told("learn what became of a command on"):
             duration_s = self._driver.timing.duration_s(request)
-            return self._persist(
+            response = self._persist(
                 lambda wire: wire.run(self._driver.resume(request)), duration_s=duration_s
             )
+            self._is_response_kept = response is not None
+            return response
 
     def settle(self) -> None:
         """Make sure that no response of an earlier command waits in the chip."""
         with self._turn, self._told("end a command on"):
+            self._is_response_kept = False
             if self._is_unfinished:
                 self._persist(self._finish_over)
 
@@ -388,8 +397,7 @@ class TisLink:
             self._letting_go.wait()
             time.sleep(HOLD_S)
             with self._turn:
-                # A response that waits in the chip is taken first; who takes it comes here again.
-                if not self._is_unfinished:
+                if not self._is_response_kept:
                     self._letting_go.clear()
                     self._relinquish_if_connected()
 
@@ -454,6 +462,7 @@ class TisLink:
     # -- with the turn held
 
     def _execute(self, request: bytes, *, is_outstanding: bool) -> bytes:
+        self._is_response_kept = False
         command = _Command(request, is_outstanding=is_outstanding)
         duration_s = self._driver.timing.duration_s(request)
         try:
@@ -527,6 +536,7 @@ class TisLink:
                     raise
 
     def _finish(self) -> None:
+        self._is_response_kept = False
         # With the connection lost there is nothing to do here: the next command begins with it.
         if self._wire is not None:
             try:

@@ -300,6 +300,17 @@ def test_next_command_finds_the_locality_held(chip, link, monkeypatch):
     assert ACCESS not in offsets
 
 
+def test_locality_is_given_up_after_a_command_that_failed(chip, link, monkeypatch):
+    monkeypatch.setattr("daemons.tis_link.HOLD_S", 0.01)
+    short = b"\0\xc4\0\0\0\x01" + bytes(4)
+    monkeypatch.setattr(chip.port, "execute", lambda *_: short)
+    with pytest.raises(ChipFault, match="claims 1 bytes"):
+        link.exchange(command())
+    given_up = watch_given_up(chip)
+    link.let_go()
+    assert given_up.wait(10)
+
+
 def test_closed_link_has_given_up_what_was_to_be_let_go(chip, link, monkeypatch):
     monkeypatch.setattr("daemons.tis_link.HOLD_S", 60.0)
     link.exchange(command())
