@@ -139,6 +139,9 @@ class ResponseStore(Protocol):
     def put(self, ring_id: str, sequence: int, response: bytes) -> bool:
         """Store a response in place of the ring's one before; True when it outlives a kill."""
 
+    def is_kept(self, ring_id: str, sequence: int) -> bool:
+        """Tell what `put` told of the response with this number, which is the last one stored."""
+
 
 class ResponsesInMemory:
     """A store that a crash empties, and that says so by its name.
@@ -167,6 +170,10 @@ class ResponsesInMemory:
     def put(self, ring_id: str, sequence: int, response: bytes) -> bool:
         """See `ResponseStore`."""
         self._last[ring_id] = (sequence, response)
+        return False
+
+    def is_kept(self, ring_id: str, sequence: int) -> bool:  # noqa: ARG002 - none is
+        """See `ResponseStore`."""
         return False
 
 
@@ -495,10 +502,11 @@ class _Carrier:
     def _repeat(self, sequence: int) -> bytes:
         with self._turn:
             response = ours(lambda: self._responses.get(self.peer.ring_id, sequence))
+            is_kept = ours(lambda: self._responses.is_kept(self.peer.ring_id, sequence))
         if response is None:
             raise RuntimeError(f"no response is stored for {self.peer.ring_id}, {sequence}")
         _log(self.peer).info("repeat answered from the store", sequence=sequence)
-        return self._ring.finish(response) if response else self._ring.idle()
+        return self._ring.finish(response, is_kept=is_kept) if response else self._ring.idle()
 
     def _cancel_asked(self) -> bool:
         """Look, without waiting, whether the frontend cancels, leaves, or breaks the protocol."""

@@ -134,6 +134,10 @@ class RequestMemory:
     def put(self, ring_id: str, sequence: int, response: bytes) -> bool:
         """Keep a response for a frontend that asks twice on the same connection."""
         self._passing[ring_id] = (sequence, response)
+        return self.is_kept(ring_id, sequence)
+
+    def is_kept(self, ring_id: str, sequence: int) -> bool:
+        """See `ResponseStore`."""
         return self.last_sequence(ring_id) == sequence
 
     # -- the file

@@ -48,6 +48,11 @@ class RememberedResponses(ResponsesInMemory):
         self._noted[ring_id] = noted
         return True
 
+    def is_kept(self, ring_id: str, sequence: int) -> bool:
+        """See `ResponseStore`."""
+        noted = self._tpm.notes.get(_RING + ring_id)
+        return noted is not None and _SEQUENCE.unpack_from(noted)[0] == sequence
+
 
 def remembered_responses(tpm: DurableTpm) -> RememberedResponses:
     """What a killed process remembered, to go on from. New ones go to the journal by `note`.

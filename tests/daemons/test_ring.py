@@ -651,6 +651,24 @@ class KeptResponses(ResponsesInMemory):
         super().put(ring_id, sequence, response)
         return True
 
+    def is_kept(self, ring_id, sequence):
+        return self.last_sequence(ring_id) == sequence
+
+
+@pytest.mark.parametrize("responses", [ResponsesInMemory, KeptResponses])
+async def test_repeat_is_answered_with_the_very_message_of_the_first_time(harness, responses):
+    """Also with the word whether it is kept, which the frontend may not have heard."""
+    harness.responses = responses()
+    async with harness.serving():
+        with RawFrontend(harness.path) as frontend:
+            await frontend.attach()
+            message = frontend.ring.submit(b"request")
+            answers = set()
+            for _ in range(3):
+                await frontend.socket.send(message)
+                answers.add(await frontend.socket.recv(MESSAGE_BYTES_MAX))
+    assert len(answers) == 1
+
 
 async def answered_three(harness, **options):
     """A frontend with three answers, the last two of which its backend must not forget."""
@@ -722,6 +740,9 @@ class Journal:
     def put(self, ring_id, sequence, response):
         if kill_at == f"after:{sequence}":
             os.kill(os.getpid(), signal.SIGKILL)
+        return self.is_kept(ring_id, sequence)
+    def is_kept(self, ring_id, sequence):
+        return self.last_sequence(ring_id) == sequence
 
 class Backend:
     def attached(self, peer): pass
