@@ -377,8 +377,13 @@ class TisLink:
         """Make sure that no response of an earlier command waits in the chip."""
         with self._turn, self._told("end a command on"):
             self._is_response_kept = False
-            if self._is_unfinished:
-                self._persist(self._finish_over)
+            self._persist(self._settled)
+
+    def _settled(self, wire: _Wire) -> None:
+        if self._is_unfinished:
+            self._finish_over(wire)
+        self._initialized(wire)
+        wire.run(self._driver.make_ready())
 
     def let_go(self) -> None:
         """Give the locality up within `HOLD_S`; what comes before that finds it still held.
@@ -513,8 +518,12 @@ class TisLink:
         elif self._is_unfinished:
             self._finish_over(wire)
         self._initialized(wire)
-        command.is_outstanding = self._is_unfinished = True
-        wire.run(self._driver.start(command.request))
+        self._is_unfinished = True
+        # A response of the command before may come back with a chip that is killed now. It must not
+        # be taken for this one's, so this one is outstanding only when the chip was seen ready.
+        wire.run(self._driver.make_ready())
+        command.is_outstanding = True
+        wire.run(self._driver.send(command.request))
         command.has_gone = True
         return wire.run(self._driver.collect(command.request))
 

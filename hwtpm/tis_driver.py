@@ -333,12 +333,35 @@ class TisDriver:
         Raises:
             TisError: TOO_LONG, ABSENT, SEIZED, TIMEOUT_A to D, PROTOCOL.
         """
+        self._check_size(request)
+        yield from self.make_ready()
+        yield from self.send(request)
+
+    def _check_size(self, request: bytes) -> None:
         if not HEADER_BYTES <= len(request) <= COMMAND_BYTES_MAX:
             raise self._error(TisFault.TOO_LONG, f"{len(request)} bytes")
+
+    def make_ready(self) -> Steps[None]:
+        """Have the chip wait for a command.
+
+        A write is posted: that the chip has forgotten an older response is certain only when it is
+        seen to be ready. Whoever wants to `resume` a command must not count it as begun before.
+
+        Raises:
+            TisError: ABSENT, SEIZED, TIMEOUT_A or B.
+        """
         status = yield from self._status(may_request=True)
         if not status & Status.COMMAND_READY:
             yield from self._write(Register.STS, Status.COMMAND_READY)
             yield from self._wait_for(Status.COMMAND_READY, self.timing.b_s, TisFault.TIMEOUT_B)
+
+    def send(self, request: bytes) -> Steps[None]:
+        """Write a command into the FIFO of a chip that is ready, and say go.
+
+        Raises:
+            TisError: As `start`.
+        """
+        self._check_size(request)
         # What fits into one burst is taken whole or not at all, so one look at Expect is enough.
         at = 0 if len(request) <= (yield from self._burst()) else len(request) - 1
         if at:
@@ -396,7 +419,8 @@ class TisDriver:
         """Learn what became of a command after the driver or its connection was lost.
 
         Args:
-            request: The command that was outstanding: `start` was begun, `finish` was not.
+            request: The command that was outstanding: the chip was seen to be ready for it, and
+                `finish` was not begun.
 
         Returns:
             Its response, which stays in the chip until `finish`; None if it did not run.

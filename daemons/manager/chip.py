@@ -381,7 +381,8 @@ class Chip:
     # -- handles
 
     def _run_own(self, request: bytes) -> bytes:
-        return self._journal.run(request, self._link.execute, self._link.finish)
+        link = self._link
+        return self._journal.run(request, link.execute, link.finish, link.settle)
 
     def _flush(self, handles: Handles) -> None:
         """Flush what is ours; that some of it has ended already is the normal case."""

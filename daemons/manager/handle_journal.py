@@ -113,16 +113,19 @@ class HandleJournal:
         request: bytes,
         execute: Callable[[bytes], bytes],
         finish: Callable[[], None],
+        settle: Callable[[], None],
     ) -> bytes:
         """Run one command, and write down the handle that it opens.
 
         Args:
             request: The command.
+            settle: Makes sure that no older response waits in the chip, to be taken for this one's.
             execute: Runs it and leaves the response in the chip.
             finish: Lets the chip forget the response.
         """
         kind = opens(request)
         if kind is not None:
+            settle()
             self._write(replace(self._now, outstanding=request))
         response = execute(request)
         if kind is not None:

@@ -356,6 +356,25 @@ def test_connection_cut_at_any_message_runs_each_command_exactly_once(tmp_path):
     assert cut > 35
 
 
+def test_response_that_a_cut_left_in_the_chip_is_not_taken_for_the_next_command_s(tmp_path):
+    """That the chip is to forget it is a posted write, which a killed chip may never have seen."""
+    requests = [command(body=bytes([n])) for n in range(3)]
+    cut, is_through = 1, False
+    while not is_through:
+        directory = tmp_path / str(cut)
+        directory.mkdir(0o700)
+        chip = Chip(directory / "tis.sock")
+        chip.on_message = cut_at(cut)
+        with TisLink(directory / "tis.sock", 2, reconnect_timeout_s=5.0) as link:
+            link.let_go()  # such a link reads nothing back when it ends a command
+            assert [link.exchange(each) for each in requests] == [answer_to(r) for r in requests]
+        assert chip.port.executed == requests, f"cut at message {cut}"
+        is_through = chip.connections == 1
+        chip.close()
+        cut += 1
+    assert cut > 20
+
+
 def test_two_cuts_in_a_row_run_each_command_exactly_once(tmp_path):
     requests = [command(body=bytes([n])) for n in range(3)]
     for cut in range(1, 40, 3):

@@ -45,6 +45,9 @@ class LinkToChip:
     def finish(self) -> None:
         self._response = b""
 
+    def settle(self) -> None:
+        self._response = b""
+
     def resume(self, request: bytes) -> bytes:
         if self._response and self._request == request:
             return self._response
@@ -66,9 +69,9 @@ def dying_at(count: int, call: Callable[..., object], counter: itertools.count[i
 def test_handles_are_known_and_forgotten(tmp_path: Path):
     journal, link = HandleJournal(tmp_path / "journal"), LinkToChip()
     journal.set_epoch("aa")
-    journal.run(OIAP, link.execute, link.finish)
-    journal.run(PCR_READ, link.execute, link.finish)
-    journal.run(LOAD_KEY2, link.execute, link.finish)
+    journal.run(OIAP, link.execute, link.finish, link.settle)
+    journal.run(PCR_READ, link.execute, link.finish, link.settle)
+    journal.run(LOAD_KEY2, link.execute, link.finish, link.settle)
     assert journal.handles == ((AUTH, 0x02000001), (KEY, 0x02000002))
     assert journal.read() == Leftovers(epoch="aa", handles=journal.handles)
     assert (tmp_path / "journal").stat().st_mode & 0o777 == 0o600
@@ -79,7 +82,7 @@ def test_handles_are_known_and_forgotten(tmp_path: Path):
 
 def test_commands_that_open_nothing_write_nothing(tmp_path: Path):
     journal, link = HandleJournal(tmp_path / "journal"), LinkToChip()
-    journal.run(PCR_READ, link.execute, link.finish)
+    journal.run(PCR_READ, link.execute, link.finish, link.settle)
     assert not list(tmp_path.iterdir())
 
 
@@ -94,8 +97,8 @@ def test_manager_killed_at_any_moment_leaves_no_unknown_handle(tmp_path: Path, m
     execute = dying_at(moment, link.execute, counter)
     finish = dying_at(moment, link.finish, counter)
     try:
-        journal.run(OIAP, execute, finish)
-        journal.run(OIAP, execute, finish)
+        journal.run(OIAP, execute, finish, link.settle)
+        journal.run(OIAP, execute, finish, link.settle)
         was_killed = False
     except Killed:
         was_killed = True
@@ -112,9 +115,9 @@ def test_manager_killed_at_any_moment_leaves_no_unknown_handle(tmp_path: Path, m
 def test_what_an_earlier_manager_wrote_stays_until_it_is_discarded(tmp_path: Path):
     first, link = HandleJournal(tmp_path / "journal"), LinkToChip()
     first.set_epoch("aa")
-    first.run(OIAP, link.execute, link.finish)
+    first.run(OIAP, link.execute, link.finish, link.settle)
     second = HandleJournal(tmp_path / "journal")
-    second.run(PCR_READ, link.execute, link.finish)
+    second.run(PCR_READ, link.execute, link.finish, link.settle)
     second.clear()
     assert second.read().handles == ((AUTH, 0x02000001),)
 
@@ -164,16 +167,16 @@ def test_symbolic_link_is_not_followed(tmp_path: Path):
     (tmp_path / "journal.new").symlink_to(target)
     before = target.read_text()
     link = LinkToChip()
-    HandleJournal(tmp_path / "journal").run(OIAP, link.execute, link.finish)
+    HandleJournal(tmp_path / "journal").run(OIAP, link.execute, link.finish, link.settle)
     assert target.read_text() == before
 
 
 def test_what_is_kept_stays_in_the_file_and_is_not_flushed_with_the_rest(tmp_path: Path):
     link, journal = LinkToChip(), HandleJournal(tmp_path / "journal")
-    journal.run(OIAP, link.execute, link.finish)
+    journal.run(OIAP, link.execute, link.finish, link.settle)
     (kept,) = journal.handles
     journal.keep(*kept)
-    journal.run(LOAD_KEY2, link.execute, link.finish)
+    journal.run(LOAD_KEY2, link.execute, link.finish, link.settle)
     assert kept not in journal.handles
     assert len(journal.handles) == 1
     journal.clear()
