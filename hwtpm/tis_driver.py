@@ -389,14 +389,18 @@ class TisDriver:
             by_interrupt=True,
         )
         # Past the last byte a read gives 0xFF, so a short response takes one access.
-        data = yield from self._drain_fifo(HEADER_BYTES, is_whole_burst=True)
+        data = first = yield from self._read(Register.DATA_FIFO, (yield from self._burst()))
+        if len(data) < HEADER_BYTES:
+            data += yield from self._drain_fifo(HEADER_BYTES - len(data), is_whole_burst=True)
         size = int.from_bytes(data[2:6], "big")
         if not HEADER_BYTES <= size <= COMMAND_BYTES_MAX:
+            yield from self._valid_status()  # who was seized reads 0xFF too, and is told so here
             raise self._error(TisFault.PROTOCOL, f"a response that claims {size} bytes")
-        data += yield from self._drain_fifo(size - len(data))
-        rest = data[size:]
+        rest = first[size:]
         if rest and rest.count(NOT_DECODED) == len(rest):
-            return data[:size]  # the burst went past the last byte, and there was nothing
+            return first[:size]  # all of it in one access, and nothing behind it
+        # What came in several may have been cut by a seizure: the status tells that too.
+        data += yield from self._drain_fifo(size - len(data))
         if (yield from self._valid_status()) & Status.DATA_AVAIL:
             raise self._error(TisFault.PROTOCOL, "data left after the response's last byte")
         return data[:size]

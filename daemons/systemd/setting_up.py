@@ -52,7 +52,8 @@ def give_directory(directory: Path, uid: int, gid: int) -> None:
     """
     directory.mkdir(mode=0o700, exist_ok=True)
     try:
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        # Not to read it: what is somebody else's, root may not read without CAP_DAC_READ_SEARCH.
+        descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError as error:
         raise Failure(
             f"cannot use {directory}",
@@ -61,11 +62,11 @@ def give_directory(directory: Path, uid: int, gid: int) -> None:
             exit_code=ExitCode.IO_ERROR,
         ) from error
     try:
-        status = os.fstat(descriptor)
+        status, itself = os.fstat(descriptor), Path(f"/proc/self/fd/{descriptor}")
         # In this order, and only what is needed: it is then done without CAP_FOWNER.
         if stat.S_IMODE(status.st_mode) != DIRECTORY_MODE:
-            os.fchmod(descriptor, DIRECTORY_MODE)
+            itself.chmod(DIRECTORY_MODE)
         if status.st_uid != uid:
-            os.fchown(descriptor, uid, gid)
+            os.chown(itself, uid, gid)
     finally:
         os.close(descriptor)

@@ -311,6 +311,46 @@ def test_seize_during_execution_is_reported(bench, driver, request_):
     assert bench.device.active_locality == 3
 
 
+@pytest.mark.parametrize("burst_count", [1, 8, BURST_COUNT])
+def test_command_that_is_seized_at_any_access_is_answered_or_told_to_be_seized(
+    make, request_, echo, burst_count
+):
+    """What is read after the seizure is 0xFF, and must not be taken for a part of the response."""
+    faults, is_seized = [], True
+    while is_seized:
+        port = make.port()
+        device = make.device(port, burst_count=burst_count)
+        device.power_on()
+        bench = make.bench(device, port)
+        driver = TisDriver(2, use_interrupts=False)
+        bench.run(driver.initialize())
+        try:
+            response = bench.run(seized_before(len(faults), bench, driver.execute(request_)))
+        except TisError as error:
+            faults.append(error.fault)
+        else:
+            assert response == echo(request_)
+            is_seized = bench.device.active_locality == 3
+            faults.append(TisFault.SEIZED)
+    # Before the first access it is asked for the locality, which it does not get.
+    assert faults[0] is TisFault.TIMEOUT_A
+    assert set(faults[1:]) == {TisFault.SEIZED}
+
+
+def seized_before(count, bench, steps):
+    """Give the same steps, with the TPM seized before one of them."""
+    answer, number = None, 0
+    while True:
+        try:
+            step = steps.send(answer)
+        except StopIteration as ended:
+            return ended.value
+        if number == count:
+            bench.device.write(3, Register.ACCESS, bytes([SEIZE]))
+        number += 1
+        answer = yield step
+
+
 def test_chip_without_power_is_absent(bench, driver, request_):
     bench.device.power_off()
     error = failing(bench, driver.transmit(request_))

@@ -56,7 +56,9 @@ class Installed:
             found = get()
             if found:
                 return found
-            assert time.monotonic() < deadline, f"in vain: {what}\n{self.journal()}"
+            assert time.monotonic() < deadline, (
+                f"in vain: {what}; active: {self.active()}\n{self.journal()}"
+            )
             time.sleep(_LOOK_AGAIN_S)
 
     def until_active(self, *units: str) -> None:
@@ -69,7 +71,8 @@ class Installed:
 
     def active(self) -> list[str]:
         """Units that are not at rest, but those that only set up."""
-        listed = self.systemctl("list-units", "--plain", "--no-legend", "hwtpmd*", "vtpm*")
+        moving = "--state=active,activating,reloading,deactivating"  # one that failed is at rest
+        listed = self.systemctl("list-units", "--plain", "--no-legend", moving, "hwtpmd*", "vtpm*")
         names = [line.split()[0] for line in listed.splitlines()]
         return [n for n in names if "setup" not in n and not n.endswith(("slice", "target"))]
 
