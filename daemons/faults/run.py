@@ -188,8 +188,9 @@ class FaultRun:
             try:
                 bring_up()
             except Failure:
-                if self._launcher_kills == kills:
-                    raise
+                with self._turn:  # a kill is counted when its victim has already gone
+                    if self._launcher_kills == kills:
+                        raise
                 continue
             with self._turn:
                 if self._launcher_kills == kills:
