@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from daemons.errors import ExitCode, Failure
-from daemons.manager.handle_journal import HandleJournal, Handles, Leftovers
+from daemons.manager.handle_journal import HandleJournal, Handles, Leftovers, NotNotedError
 from daemons.manager.requests import OnceOnly
 from daemons.tis_link import ChipFault
 from hwtpm.tis_driver import TisFault
@@ -296,7 +296,7 @@ class Chip:
     def _cleaned_up(self) -> Iterator[None]:
         try:
             yield
-        except (TpmError, BadResponseError):
+        except (TpmError, BadResponseError, NotNotedError):
             self._flush(self._journal.handles)
             raise
         else:

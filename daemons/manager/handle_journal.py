@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from daemons.errors import ExitCode, Failure
 from protocol.constants import Ordinal, ResourceType
 from protocol.return_codes import ReturnCode
 
@@ -54,6 +55,10 @@ class Leftovers:
     outstanding: bytes = b""
     """A command whose response may still wait in the chip."""
     handles: Handles = ()
+
+
+class NotNotedError(Failure):
+    """What is open in the chip cannot be written down, and so may not be opened."""
 
 
 class HandleJournal:
@@ -122,6 +127,9 @@ class HandleJournal:
             settle: Makes sure that no older response waits in the chip, to be taken for this one's.
             execute: Runs it and leaves the response in the chip.
             finish: Lets the chip forget the response.
+
+        Raises:
+            NotNotedError: It was not sent; or it was, and `handles` has what it has opened.
         """
         kind = opens(request)
         if kind is not None:
@@ -131,8 +139,12 @@ class HandleJournal:
         if kind is not None:
             handle = opened_handle(response)
             fresh = () if handle is None else ((int(kind), handle),)
-            handles = (*self._now.handles, *fresh)
-            self._write(Leftovers(epoch=self._now.epoch, handles=handles))
+            try:
+                handles = (*self._now.handles, *fresh)
+                self._write(Leftovers(epoch=self._now.epoch, handles=handles))
+            except NotNotedError:
+                finish()
+                raise
         finish()
         return response
 
@@ -157,7 +169,9 @@ class HandleJournal:
         if self._has_written and not self._kept:
             self._path.unlink(missing_ok=True)
         elif self._has_written:
-            self._write(Leftovers(epoch=self._now.epoch, handles=self._kept))
+            # Without room the file names more than is open, which harms nobody.
+            with contextlib.suppress(NotNotedError):
+                self._write(Leftovers(epoch=self._now.epoch, handles=self._kept))
             return
         self._now, self._has_written = Leftovers(epoch=self._now.epoch), False
 
@@ -168,11 +182,19 @@ class HandleJournal:
             "outstanding": now.outstanding.hex(),
             "handles": [list(pair) for pair in now.handles],
         }
-        self._beside.unlink(missing_ok=True)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        with os.fdopen(os.open(self._beside, flags, 0o600), "wb") as file:
-            file.write(json.dumps(shape).encode())
-        self._beside.rename(self._path)
+        try:
+            self._beside.unlink(missing_ok=True)
+            with os.fdopen(os.open(self._beside, flags, 0o600), "wb") as file:
+                file.write(json.dumps(shape).encode())
+            self._beside.rename(self._path)
+        except OSError as error:
+            raise NotNotedError(
+                "cannot note what the manager opens in the hardware TPM",
+                why=f"{self._path}: {error.strerror or error}",
+                next_step="Make room on its file system; nothing is lost, and the manager goes on",
+                exit_code=ExitCode.IO_ERROR,
+            ) from error
 
 
 def read_leftovers(path: Path) -> Leftovers:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from daemons.manager.handle_journal import HandleJournal, Leftovers
+from daemons.manager.handle_journal import HandleJournal, Leftovers, NotNotedError
 from protocol.constants import ResourceType
 
 OIAP = bytes.fromhex("00c10000000a0000000a")
@@ -110,6 +110,28 @@ def test_manager_killed_at_any_moment_leaves_no_unknown_handle(tmp_path: Path, m
     assert link.open <= {handle for _, handle in again.handles}
     HandleJournal(path).discard_leftovers()
     assert HandleJournal(path).read() == Leftovers()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_without_room_nothing_stays_open_that_is_not_known(tmp_path: Path, when: str):
+    journal, link = HandleJournal(tmp_path / "journal"), LinkToChip()
+    journal.set_epoch("aa")
+
+    def fill_the_disk() -> None:
+        (tmp_path / "journal.new").mkdir(exist_ok=True)
+        (tmp_path / "journal.new" / "in the way").touch()
+
+    def execute(request: bytes) -> bytes:
+        fill_the_disk()
+        return link.execute(request)
+
+    if when == "before":
+        fill_the_disk()
+    with pytest.raises(NotNotedError, match="cannot note what"):
+        journal.run(OIAP, execute, link.finish, link.settle)
+    assert link.open == {handle for _, handle in journal.handles}
+    assert bool(link.open) == (when == "after")
+    assert link._response == b"", "the chip is free for the next command"
 
 
 def test_what_an_earlier_manager_wrote_stays_until_it_is_discarded(tmp_path: Path):
