@@ -39,7 +39,7 @@ from protocol.structures import KeyParms, RsaKeyParms
 from protocol.wire import encode
 from tpm12.crypto import RsaKeyGenerator
 from tpm12.dispatch import Command
-from tpm12.engine import Engine, Outcome, error_response
+from tpm12.engine import Engine, Outcome
 from tpm12.ports import Clock, KeyGenerator, StirrableRng
 from tpm12.profile import Profile
 from tpm12.state import Permanent, State, factory_state
@@ -181,7 +181,7 @@ class DurableTpm:
         outcome = engine.execute(request, locality)
         state = outcome.state
         if outcome.permanent_changed:
-            return self._store_then_keep(outcome, notes)
+            return self._store_then_keep(request, outcome, notes)
         if state is not engine.state:
             if self._memory is not None:
                 self._memory.changed(state, notes(outcome.response) if notes else NO_NOTES)
@@ -301,10 +301,15 @@ class DurableTpm:
             self._memory.changed(state)
         self._engine.state = state
 
-    def _store_then_keep(self, outcome: Outcome, notes: NotesOf | None) -> bytes:
+    def _store_then_keep(self, request: bytes, outcome: Outcome, notes: NotesOf | None) -> bytes:
         if self._is_stored(outcome, notes(outcome.response) if notes else NO_NOTES):
             return outcome.response
-        return error_response(ReturnCode.IOERROR)
+        failed = self._engine.unkept(request, ReturnCode.IOERROR)
+        if failed.state is not self._engine.state:
+            if self._memory is not None:
+                self._memory.changed(failed.state, notes(failed.response) if notes else NO_NOTES)
+            self._engine.keep(failed)
+        return failed.response
 
     def _is_stored(self, outcome: Outcome, notes: Notes) -> bool:
         """Store a permanent change and make it the TPM's; False: neither."""

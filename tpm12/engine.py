@@ -22,7 +22,7 @@ from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, Final, cast
 
-from protocol.constants import HEADER_BYTES, Ordinal, Tag
+from protocol.constants import AUTH_REQUEST_BYTES, HEADER_BYTES, Ordinal, Tag
 from protocol.return_codes import ReturnCode, TpmError
 from protocol.wire import DecodeError
 from tpm12 import auditing, drtm, self_test, transport
@@ -223,6 +223,22 @@ class Engine:
     def keep(self, outcome: Outcome) -> None:
         """Make the outcome's state the TPM's."""
         self.state = outcome.state
+
+    def unkept(self, request: bytes, code: ReturnCode) -> Outcome:
+        """What is left of a command that was done, and could not be kept: it has failed.
+
+        So its sessions are gone, as after any failure; a client does not end them itself.
+
+        Args:
+            request: The command; it succeeded.
+            code: What to answer.
+        """
+        before = self.state
+        tag, _, ordinal = _read_header(request)
+        count = tag - _REQUEST
+        blocks = read_blocks(request, len(request) - AUTH_REQUEST_BYTES * count, count)
+        draft = Tpm(before, self._world, 0)
+        return self._ended(draft, before, self._table.get(ordinal), blocks, code)
 
     def _run_wrapped(self, tpm: Tpm, request: bytes, wrapping: Wrapping) -> bytes:
         """Run a command that came inside another one, on the other's draft."""

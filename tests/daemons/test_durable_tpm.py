@@ -5,6 +5,8 @@ import pytest
 from daemons.durable_tpm import DurableTpm
 from daemons.errors import Failure
 from protocol.return_codes import ReturnCode
+from tests.differential.sides import take_ownership
+from tests.tpm12.witness import OWNER_AUTH, Witness
 from tpm12.commands import ALL
 from tpm12.profile import CHIP
 
@@ -32,6 +34,7 @@ def tpm(store=None):
 
 
 EXTEND = bytes.fromhex("00c1000000220000001400000000") + bytes(20)
+OWNER_SET_DISABLE = 0x6E
 READ = bytes.fromhex("00c10000000e0000001500000000")
 
 
@@ -64,6 +67,22 @@ def test_a_change_that_cannot_be_stored_is_not_made():
     assert not machine.hash_start()
     assert not machine.established
     assert machine.state.stclear.pcrs[17] == b"\xff" * 20
+
+
+def test_sessions_of_a_change_that_cannot_be_stored_are_gone():
+    """As after any failure: no client ends them itself, and there are few."""
+    store = Store()
+    machine = tpm(store)
+    machine.make_endorsement_key()
+    witness = Witness(machine.execute)
+    take_ownership(witness).ok()
+    store.fails = True
+    session, before = witness.oiap(OWNER_AUTH), machine.state.permanent
+    assert witness.auth(OWNER_SET_DISABLE, b"\x01", session).code == ReturnCode.IOERROR
+    assert session.handle not in machine.state.stany.sessions
+    assert machine.state.permanent is before
+    store.fails = False
+    witness.auth(OWNER_SET_DISABLE, b"\x01", witness.oiap(OWNER_AUTH)).ok()
 
 
 def test_a_stored_state_comes_back():
