@@ -5,6 +5,7 @@ The kernel drops the lock with its holder, so a killed process leaves a file but
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -65,8 +66,10 @@ class InstanceLock:
                 next_step="Only one may run at a time; stop that one first.",
                 exit_code=ExitCode.UNAVAILABLE,
             ) from error
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
+        # For whoever meets the lock; that one can do without on a full disk.
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
 
     def close(self) -> None:
         """Give the lock back and remove its file. Safe to call again."""

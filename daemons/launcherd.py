@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Final
 
 import structlog
@@ -143,7 +144,7 @@ def start_in_background(places: Places) -> None:
             words = read_last_words(log_path, since_byte)
             raise Failure(
                 words.what or "cannot start the launcher",
-                why=words.why or f"it ended with status {status}",
+                why=words.why or _why_without_words(status, log_path),
                 next_step="; ".join(filter(None, (words.next_step, f"its log is {log_path}"))),
                 exit_code=ExitCode(status) if status in set(ExitCode) else ExitCode.FAILED,
             )
@@ -156,6 +157,14 @@ def start_in_background(places: Places) -> None:
             )
         time.sleep(_POLL_S)  # another process gets ready; it has no other way to tell us
     process.returncode = 0  # it stays; nobody waits for it here
+
+
+def _why_without_words(status: int, log_path: Path) -> str:
+    """Why a launcher has ended whose log has not a word of it."""
+    disk = os.statvfs(log_path.parent)
+    if not disk.f_bavail or not disk.f_favail:
+        return f"it ended with status {status}: no space left on the file system of {log_path}"
+    return f"it ended with status {status}"
 
 
 def _another_starts(places: Places) -> bool:
@@ -314,11 +323,23 @@ def _pass_notification(stack: Stack, chip: Chip, pid: int, fields: Mapping[str, 
         return True
     for domain in stack.domains.values():
         if domain.external is None and domain.pid == pid:
+            if fields.get("READY") == "1" and not _is_noted_as_ready(stack, domain.name):
+                fields = {name: value for name, value in fields.items() if name != "READY"}
             domain.supervisor.notified(fields)
-            if fields.get("READY") == "1":
-                note_ready(stack.places, domain.name)
             return True
     return False
+
+
+def _is_noted_as_ready(stack: Stack, name: str) -> bool:
+    """Whether it could be written down that a domain serves: before that nobody may use it."""
+    try:
+        note_ready(stack.places, name)
+    except Failure as failure:
+        structlog.get_logger().error(
+            failure.what, why=failure.why, next_step=failure.next_step, domain=name
+        )
+        return False
+    return True
 
 
 if __name__ == "__main__":

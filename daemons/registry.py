@@ -274,7 +274,8 @@ class RegistryWriter:
         """Write a record, or replace the one of the same name, in one step.
 
         Raises:
-            DamagedRegistry: a reader would not believe the record, or it cannot be written.
+            DamagedRegistry: a reader would not believe the record.
+            Failure: it cannot be written.
         """
         content = encode_record(record)
         if decode_record(content) != record:
@@ -300,7 +301,12 @@ class RegistryWriter:
             # No sync: the run directory does not outlive the machine's power cycle.
             os.rename(written_beside, name, src_dir_fd=directory, dst_dir_fd=directory)
         except OSError as error:
-            raise _damaged(self._directory / name, os.strerror(error.errno or 0)) from error
+            raise Failure(
+                f"cannot write the record of {record.name}",
+                why=f"{self._directory / name}: {os.strerror(error.errno or 0)}",
+                next_step="Make room on its file system, and look at its owner and mode",
+                exit_code=ExitCode.IO_ERROR,
+            ) from error
         finally:
             os.close(directory)
 

@@ -85,10 +85,19 @@ class OldStack:
 
 
 def note_power(places: Places) -> None:
-    """Write down that the chip has its power, and its firmware has played through."""
+    """Write down that the chip has its power, and its firmware has played through.
+
+    Raises:
+        Failure: It cannot be.
+    """
     marker = _marker(places)
-    marker.touch(mode=0o600)
-    marker.write_text(boot_id().hex(), encoding="ascii")
+    try:
+        marker.touch(mode=0o600)
+        marker.write_text(boot_id().hex(), encoding="ascii")
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            marker.unlink()
+        raise _cannot_note("that the hardware TPM has its power", marker, error) from error
 
 
 def forget_power(places: Places) -> None:
@@ -97,8 +106,16 @@ def forget_power(places: Places) -> None:
 
 
 def note_ready(places: Places, name: str) -> None:
-    """Write down that a domain serves, and so may be used."""
-    (places.domain(name).directory / READY_NAME).touch(mode=0o600)
+    """Write down that a domain serves, and so may be used.
+
+    Raises:
+        Failure: It cannot be.
+    """
+    mark = places.domain(name).directory / READY_NAME
+    try:
+        mark.touch(mode=0o600)
+    except OSError as error:
+        raise _cannot_note(f"that {name} serves", mark, error) from error
 
 
 def was_ready(places: Places, name: str) -> bool:
@@ -174,6 +191,15 @@ def _config_of(places: Places, record: DomainRecord) -> str | None:
             f" not of the {record.role.value} {record.name}"
         )
     return text
+
+
+def _cannot_note(what: str, path: Path, error: OSError) -> Failure:
+    return Failure(
+        f"cannot note {what}",
+        why=f"{path}: {error.strerror or error}",
+        next_step="Make room on its file system, and look at its owner and mode",
+        exit_code=ExitCode.IO_ERROR,
+    )
 
 
 def _cannot_take_over(why: str) -> Failure:

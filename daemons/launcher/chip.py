@@ -275,6 +275,7 @@ class Chip:
     async def _boot(self, start: int) -> None:
         try:
             await self._firmware.power_on(self._tell)
+            note_power(self._stack.places)
         except Failure as failure:
             # The link of a chip that died ends before its supervisor hears of it.
             with trio.move_on_after(DEATH_HEARD_S):
@@ -286,7 +287,6 @@ class Chip:
             # again.
         else:
             self._has_power = True
-            note_power(self._stack.places)
         self._step = ""
         self._stack.changes.announce()
 

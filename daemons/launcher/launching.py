@@ -16,7 +16,7 @@ import trio
 
 from daemons.errors import ExitCode, Failure
 from daemons.journal import GO_ON
-from daemons.launcher.adoption import READY_NAME
+from daemons.launcher.adoption import CONFIG_BYTES_MAX, READY_NAME
 from daemons.launcher.chip import Chip
 from daemons.launcher.consequences import before_new_volatile_state, keeps_journal, must_go_on
 from daemons.launcher.domain import Domain
@@ -24,6 +24,7 @@ from daemons.launcher.process_start import Start, start_process
 from daemons.launcher.stack import Stack
 from daemons.launcher.supervisor import RESTING, Launched, State
 from daemons.places import Places
+from daemons.private_files import read_checked
 from daemons.registry import Role, VtpmDevice
 from daemons.xl.device_specs import Disk
 from daemons.xl.domain_config import STATE_DISK
@@ -60,9 +61,13 @@ async def _spawn(stack: Stack, chip: Chip, domain: Domain) -> Launched:
     power_cycle = chip.power_cycle
     journals = {places.journal.name, places.requests.name}
     kept = journals | {READY_NAME} if keeps_journal(domain, power_cycle) else set()
+    has_config = _has_config(stack, domain)
+    if has_config:
+        kept.add(places.config.name)
     try:
         empty_directory(places.directory, kept)
-        write_config(stack, domain)
+        if not has_config:
+            write_config(stack, domain)
     except OSError as error:
         raise Failure(
             f"cannot prepare the directory of {domain.name}, {places.directory}",
@@ -93,6 +98,15 @@ def write_config(stack: Stack, domain: Domain) -> None:
     beside.write_text(domain.effective_config_text, encoding="utf-8")
     beside.chmod(0o600)
     beside.rename(path)
+
+
+def _has_config(stack: Stack, domain: Domain) -> bool:
+    """Whether its copy is there: on a full disk a killed domain needs no room to go on."""
+    path = stack.places.domain(domain.name).config
+    try:
+        return read_checked(path, CONFIG_BYTES_MAX) == domain.effective_config_text.encode()
+    except Failure:
+        return False
 
 
 def empty_directory(directory: Path, kept: Container[str] = ()) -> None:

@@ -168,11 +168,14 @@ class PlatformFirmware:
     def _launch_manager(self, config_text: str) -> None:
         assert self._firmware is not None, "a manager starts only after the platform's power-on"
         config = measure_bytes("manager configuration", {"config": config_text.encode()})
+        logged = len(self._firmware.events)
         try:
             self._firmware.launch_manager(self._programs[PROGRAMS[Role.MANAGER]], config)
         finally:
             self._close_links()
-            write_log(self._places.event_log, self._firmware.events)
+            # One that was only killed is measured already, and needs no room to come back.
+            if len(self._firmware.events) != logged:
+                write_log(self._places.event_log, self._firmware.events)
 
     def _read_pcrs(self) -> dict[int, bytes]:
         assert self._firmware is not None, "a chip without power is not read"

@@ -67,6 +67,8 @@ class Event(StrEnum):
     STOP = "stop"
     REPEAT = "repeat"
     """The stop was for a new start."""
+    PUT_OFF = "put off"
+    """There is no room for a start now; it is tried again."""
     GIVE_UP = "give up"
     PRESERVE = "preserve"
     """The stop was one after which it is kept."""
@@ -77,6 +79,7 @@ TRANSITIONS: Final[Mapping[tuple[State, Event], State]] = {
     (State.CREATED, Event.STOP): State.ENDED,
     (State.WAITING, Event.SPAWNED): State.STARTING,
     (State.WAITING, Event.REPEAT): State.WAITING,
+    (State.WAITING, Event.PUT_OFF): State.BACKOFF,
     (State.WAITING, Event.GIVE_UP): State.FAILED,
     (State.WAITING, Event.STOP): State.ENDED,
     (State.WAITING, Event.PRESERVE): State.PRESERVED,
@@ -229,6 +232,7 @@ class Supervisor:
         self._interruption: trio.CancelScope | None = None
         self._stop_asked = trio.Event()
         self._deaths_in_a_row = 0
+        self._put_off_in_a_row = 0
         self._ready_at: float | None = None
 
     @property
@@ -291,7 +295,7 @@ class Supervisor:
             return
         self.last_reason = reason
         self.failure = None
-        self._deaths_in_a_row = 0
+        self._deaths_in_a_row = self._put_off_in_a_row = 0
         self._ask(_Wish.REPEAT, drain_s)
 
     def stop(self, *, drain_s: float | None = None) -> None:
@@ -350,7 +354,10 @@ class Supervisor:
         try:
             await self._interruptible(launch)
         except Failure as failure:
-            self._give_up(failure)
+            if self._has_served and failure.exit_code is ExitCode.IO_ERROR:
+                self._put_off(failure)
+            else:
+                self._give_up(failure)
             return
         if launched is not None:
             await self._live(launched)
@@ -422,9 +429,12 @@ class Supervisor:
         """Decide what the unasked end of the process means for itself."""
         now = trio.current_time()
         if self._ready_at is not None and now - self._ready_at >= self._limits.stable_s:
-            self._deaths_in_a_row = 0
+            self._deaths_in_a_row = self._put_off_in_a_row = 0
         # Who is killed has not failed, and what is killed all day has to come back each time.
-        if not was_killed:
+        # A full disk is waited for, too.
+        if status == ExitCode.IO_ERROR and self._has_served:
+            self._put_off_in_a_row += 1
+        elif not was_killed:
             self._deaths_in_a_row += 1
         self.reason = self.last_reason = ": ".join(filter(None, (how, str(last_words))))
         log.warning("process died", domain=self.name, reason=self.reason)
@@ -459,10 +469,25 @@ class Supervisor:
                 )
             )
 
+    @property
+    def _has_served(self) -> bool:
+        return self.times_ready > 0
+
     async def _back_off(self) -> None:
-        if self._deaths_in_a_row:  # who was killed is wanted back at once
-            await trio.sleep(self._limits.backoff_s(self._deaths_in_a_row))
+        ends = self._deaths_in_a_row + self._put_off_in_a_row
+        if ends:  # who was killed is wanted back at once
+            await trio.sleep(self._limits.backoff_s(ends))
         self._move(Event.START)
+
+    def _put_off(self, failure: Failure) -> None:
+        """Try again later, as often as it takes: a disk that is full is so for a while.
+
+        Who has never served is told at once: whoever wants the first start waits for it.
+        """
+        self._put_off_in_a_row += 1
+        self.reason = f"{failure.what}: {failure.why}"
+        log.warning("start put off", domain=self.name, reason=failure.why)
+        self._move(Event.PUT_OFF)
 
     def _give_up(self, failure: Failure) -> None:
         self.failure = failure

@@ -354,10 +354,14 @@ def example(name: str) -> Path:
 
 
 @contextlib.contextmanager
-def scratch_stack() -> Iterator[ScratchStack]:
-    """Make an empty root, and leave nothing of what was started in it."""
+def scratch_stack(parent: Path | None = None) -> Iterator[ScratchStack]:
+    """Make an empty root, and leave nothing of what was started in it.
+
+    Args:
+        parent: Where; the directory for temporary files when None.
+    """
     # Not pytest's own directory: its paths are too long for tcsd.
-    root = Path(tempfile.mkdtemp(prefix="vtpm-system-"))
+    root = Path(tempfile.mkdtemp(prefix="vtpm-system-", dir=parent))
     stack = ScratchStack(root)
     try:
         yield stack

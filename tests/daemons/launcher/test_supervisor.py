@@ -185,6 +185,40 @@ async def test_launch_that_fails_is_final_and_keeps_its_failure(autojump_clock):
         assert stage.supervisor.failure is None
 
 
+async def test_who_has_served_is_started_when_there_is_room_again(autojump_clock):
+    async with staged() as stage:
+        await stage.ready(1)
+        stage.failure = Failure(
+            "no directory", why="No space left", next_step="room", exit_code=ExitCode.IO_ERROR
+        )
+        stage.process.end(-signal.SIGKILL)
+        await stage.until(State.BACKOFF)
+        await trio.sleep(1000)
+        assert stage.supervisor.state in {State.BACKOFF, State.WAITING}
+        assert "No space left" in stage.supervisor.reason
+        stage.failure = None
+        await stage.ready(2)
+
+
+async def test_who_has_never_served_is_told_that_there_is_no_room(autojump_clock):
+    failure = Failure("none", why="No space left", next_step="room", exit_code=ExitCode.IO_ERROR)
+    async with staged(failure=failure) as stage:
+        await stage.until(State.FAILED)
+
+
+async def test_a_disk_that_fails_is_waited_for_with_pauses_that_grow(autojump_clock):
+    async with staged() as stage:
+        pauses = []
+        for starts in range(1, 2 * LIMITS.restarts_max):
+            await stage.ready(starts)
+            died_at = trio.current_time()
+            stage.process.end(ExitCode.IO_ERROR)
+            await stage.until(State.STARTING, starts + 1)
+            pauses.append(stage.started_at[-1] - died_at)
+        assert pauses == sorted(pauses)
+        assert pauses[0] < pauses[-1] == LIMITS.backoff_max_s
+
+
 # -- death ---------------------------------------------------------------------------------------
 
 
