@@ -407,6 +407,14 @@ DEVIATIONS: tuple[Deviation, ...] = (
         ),
     ),
     Deviation(
+        name="saved sessions and TPM_Reset",
+        commands=("LoadContext",),
+        libtpms="BADCONTEXT: TPM_Reset ends saved sessions, too",
+        ours="come back: what TPM_SaveContext saved must not be affected by TPM_Reset",
+        section="Part 3 §27.5, action 1 b",
+        steps=("contexts: a session after TPM_Reset",),
+    ),
+    Deviation(
         name="contexts of 1.1 and of 1.2",
         commands=("LoadKeyContext", "LoadAuthContext", "LoadContext"),
         libtpms="each loads what the other saved",

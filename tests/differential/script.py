@@ -95,7 +95,9 @@ SIGN, GET_PUB_KEY, QUOTE, FLUSH = 0x3C, 0x21, 0x16, 0xBA
 NV_DEFINE_SPACE, CREATE_COUNTER, INCREMENT, READ_COUNTER, RELEASE = 0xCC, 0xDC, 0xDD, 0xDE, 0xDF
 AUTHFAIL, AUTH2FAIL = 0x01, 0x1D
 SAVE_CONTEXT, LOAD_CONTEXT, OWNER_READ_PUBEK = 0xB8, 0xB9, 0x7D
-RT_KEY, RT_AUTH, RT_TRANS = 1, 2, 4
+RT_KEY, RT_AUTH, RT_TRANS, RT_CONTEXT = 1, 2, 4, 5
+CONTEXT_COUNT = slice(26, 30)
+"""In a TPM_CONTEXT_BLOB (Part 2 §18.1)."""
 LABEL = bytes(16)
 TRANSPORTS = {
     "plain": (0, 0, 0),
@@ -204,6 +206,11 @@ def end(player, nth):
 
 
 def reset(player):
+    """Of saved sessions only what is flushed before it is the same after it (a named deviation)."""
+    for kind, _, blob in player.contexts:
+        if kind == RT_AUTH:
+            player.tpm.send(FLUSH, blob[CONTEXT_COUNT] + u32(RT_CONTEXT))
+    player.contexts = [context for context in player.contexts if context[0] != RT_AUTH]
     player.tpm.send(0x5A)
 
 

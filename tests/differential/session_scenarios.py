@@ -106,6 +106,10 @@ def contexts(side):
         if not answer.code:
             old = sized(answer.body[4:])
             side.note(f"old load {ordinal + 1:x}", tpm.send(ordinal + 1, old))
+    answer = tpm.send(SAVE_CONTEXT, u32(tpm.oiap(OWNER_AUTH).handle) + u32(2) + LABEL)
+    side.note("TPM_Reset", tpm.send(RESET))
+    after_reset = u32(0) + u8(1) + sized(answer.ok()[4:])
+    side.note("a session after TPM_Reset", tpm.send(LOAD_CONTEXT, after_reset))
     side.note("start", side.started())
     side.note("a session after it", tpm.send(LOAD_CONTEXT, u32(0) + u8(1) + saved))
     side.note("a key after it", tpm.send(LOAD_CONTEXT, u32(0) + u8(1) + blob))
