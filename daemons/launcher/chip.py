@@ -21,8 +21,9 @@ from daemons.launcher.adoption import forget_power, note_power
 from daemons.launcher.consequences import before_power_on
 from daemons.launcher.domain import CHIP_DOMID, PROGRAMS, Domain
 from daemons.launcher.process_start import Start, start_process
+from daemons.launcher.process_states import State
 from daemons.launcher.stack import Stack
-from daemons.launcher.supervisor import Launched, State, Supervisor
+from daemons.launcher.supervisor import Launched, Supervisor
 from daemons.places import CHIP_NAME
 from daemons.registry import DomainRecord, Role
 

@@ -12,8 +12,8 @@ from daemons.launcher.device_rows import End, Row, disk_row, uuid_of, vtpm_row
 from daemons.launcher.domain import Domain
 from daemons.launcher.domains import Domains, Progress
 from daemons.launcher.launching import check_disks
+from daemons.launcher.process_states import RESTING, State
 from daemons.launcher.stack import Stack
-from daemons.launcher.supervisor import RESTING, State
 from daemons.registry import VTPMS_MAX, VtpmDevice
 from daemons.xl.domain_config import disk_from_argument
 

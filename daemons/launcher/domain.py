@@ -5,17 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from uuid import UUID, uuid4
 
 from daemons.errors import Failure
-from daemons.launcher.supervisor import State, Supervisor
+from daemons.launcher.process_states import State
 from daemons.registry import DomainRecord, Role, VtpmDevice
 from daemons.xl.device_specs import Disk
 from daemons.xl.domain_config import DomainConfig
 
+if TYPE_CHECKING:
+    from daemons.launcher.supervisor import Supervisor
+
 CHIP_DOMID: Final = 0x7FEF
 """The last number a domain can have: the chip is no domain, and domains count from 1 as in Xen."""
+DOMID_MAX: Final = CHIP_DOMID - 1
 
 PROGRAMS: Final[Mapping[Role, str]] = {
     Role.HWTPM: "hwtpmd",

@@ -34,9 +34,10 @@ from daemons.launcher.launching import (
     waits_for_somebody,
     write_config,
 )
+from daemons.launcher.process_states import RESTING, State
 from daemons.launcher.processes import is_alive
 from daemons.launcher.stack import DOMAINS_MAX, Stack
-from daemons.launcher.supervisor import RESTING, Launched, State, Supervisor
+from daemons.launcher.supervisor import Launched, Supervisor
 from daemons.listeners import start_time_of
 from daemons.places import CHIP_NAME, DOMAIN0_NAME, Places
 from daemons.policy import NotAllowed

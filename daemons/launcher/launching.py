@@ -21,8 +21,9 @@ from daemons.launcher.chip import Chip
 from daemons.launcher.consequences import before_new_volatile_state, keeps_journal, must_go_on
 from daemons.launcher.domain import Domain
 from daemons.launcher.process_start import Start, start_process
+from daemons.launcher.process_states import RESTING, State
 from daemons.launcher.stack import Stack
-from daemons.launcher.supervisor import RESTING, Launched, State
+from daemons.launcher.supervisor import Launched
 from daemons.places import Places
 from daemons.private_files import read_checked
 from daemons.registry import Role, VtpmDevice

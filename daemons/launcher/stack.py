@@ -13,7 +13,7 @@ from typing import Final
 import trio
 
 from daemons.errors import ExitCode, Failure
-from daemons.launcher.domain import Domain
+from daemons.launcher.domain import DOMID_MAX, Domain
 from daemons.launcher.launcher_settings import LauncherSettings
 from daemons.launcher.spawner import Spawner
 from daemons.launcher.supervisor import Changes
@@ -22,8 +22,6 @@ from daemons.policy import Policy
 from daemons.registry import RegistryWriter, Role
 
 DOMAINS_MAX: Final = 1024
-DOMID_MAX: Final = 0x7FEE
-"""One below the number of the chip."""
 
 
 @dataclass(eq=False, kw_only=True)

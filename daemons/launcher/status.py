@@ -6,9 +6,10 @@ import os
 
 from daemons.launcher.chip import Chip
 from daemons.launcher.domain import CHIP_DOMID, Domain
+from daemons.launcher.process_states import State
 from daemons.launcher.processes import pss_kib_of
 from daemons.launcher.stack import Stack
-from daemons.launcher.supervisor import State, Supervisor
+from daemons.launcher.supervisor import Supervisor
 from daemons.places import CHIP_NAME, DOMAIN0_NAME
 from daemons.registry import Role
 

@@ -12,6 +12,7 @@ Invariants:
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -44,6 +45,12 @@ BACKEND_ROLES: Final[Mapping[Role, Role]] = MappingProxyType(
     {Role.VTPM: Role.MANAGER, Role.GUEST: Role.VTPM}
 )
 """Who serves the TPMs of whom."""
+
+
+def unit_directory() -> Path:
+    """Give the directory of the installed units: beside the packages of this installation."""
+    # PREFIX/lib/vtpm-stack is the environment; PREFIX/lib/systemd/system has the units.
+    return Path(sys.prefix).parent / "systemd" / "system"
 
 
 def user_of(name: str) -> str:

@@ -18,8 +18,7 @@ from typing import Final
 from daemons.errors import Failure
 from daemons.places import Places
 from daemons.registry import Role
-from daemons.systemd.domain_files import read_all, unit_of, user_of
-from daemons.systemd.platform import unit_directory
+from daemons.systemd.domain_files import read_all, unit_directory, unit_of, user_of
 from daemons.xl.domain_config import STATE_DISK, DomainConfig
 
 TARGET: Final = "vtpm-stack.target"

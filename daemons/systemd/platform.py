@@ -7,7 +7,6 @@ unit files and the programs of this package, so these are what PCR 4 and 17 hold
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,18 +19,13 @@ from daemons.launcher.measuring import Measured, measure_files, measure_program
 from daemons.launcher.platform_firmware import PlatformFirmware
 from daemons.places import Places
 from daemons.sd_notify import Notifier
+from daemons.systemd.domain_files import unit_directory
 from daemons.systemd.run_state import RunState
 
 PROGRAM: Final = "systemd.main"
 UNIT_PATTERNS: Final = ("hwtpmd.*", "vtpmmgrd.*", "vtpm-*.*", "vtpm@.*", "vtpm.slice")
 POWER_WAIT_S: Final = 600.0
 _LOOK_AGAIN_S: Final = 0.05
-
-
-def unit_directory() -> Path:
-    """Give the directory of the installed units: beside the packages of this installation."""
-    # PREFIX/lib/vtpm-stack is the environment; PREFIX/lib/systemd/system has the units.
-    return Path(sys.prefix).parent / "systemd" / "system"
 
 
 def measure_units_and_programs() -> Measured:

@@ -37,7 +37,6 @@ from daemons.launcher.domain import CHIP_DOMID, PROGRAMS, Domain
 from daemons.launcher.measuring import program_digest
 from daemons.places import CHIP_NAME, Places
 from daemons.registry import DomainRecord, Role
-from daemons.systemd import platform
 from daemons.systemd.domain_files import (
     MANAGER_NAME,
     check_together,
@@ -98,7 +97,10 @@ def _register_domain(places: Places, name: str, role: Role) -> None:
         if disk.target and not disk.is_cdrom:
             give_image(places.images(disk.target), uid, name)
     if role is Role.MANAGER:
-        platform.launch_manager(places, text)
+        # Only this needs what runs the chip: it takes longer to load than all the rest to run.
+        from daemons.systemd.platform import launch_manager  # noqa: PLC0415
+
+        launch_manager(places, text)
     state = RunState(places)
     state.set_held(name, is_held=False)
     with state.locked():

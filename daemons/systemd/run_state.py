@@ -17,7 +17,7 @@ from typing import Final
 from daemons import policy
 from daemons.errors import ExitCode, Failure
 from daemons.journal import GO_ON
-from daemons.launcher.stack import DOMID_MAX
+from daemons.launcher.domain import DOMID_MAX
 from daemons.listeners import start_time_of
 from daemons.places import DOMAIN0_NAME, Places
 from daemons.registry import DomainRecord, Registry, RegistryWriter, Role

@@ -14,15 +14,12 @@ from trio.testing import wait_all_tasks_blocked
 
 from daemons.errors import ExitCode, Failure
 from daemons.launcher.last_words import LastWords
+from daemons.launcher.process_states import SETTLED, TRANSITIONS, Event, State
 from daemons.launcher.supervisor import (
     FINAL_EXITS,
-    SETTLED,
-    TRANSITIONS,
     Changes,
-    Event,
     Launched,
     Limits,
-    State,
     Supervisor,
     describe_exit,
 )
