@@ -6,10 +6,12 @@ what is measured later may already be another file than the one that was loaded.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Final
+from typing import Final, TypeVar
 
+import structlog
 import trio
 
 from daemons.errors import ExitCode, Failure
@@ -30,12 +32,20 @@ from daemons.launcher.measuring import (
 )
 from daemons.places import Places
 from daemons.registry import Role
-from daemons.tis_link import TisLink
+from daemons.tis_link import ChipFault, TisLink
+from hwtpm.tis_driver import TisFault
 
 FIRMWARE_PROGRAM: Final = "launcher.firmware"
 LAUNCHER_PROGRAM: Final = "launcherd"
 SETTINGS: Final = ("launcherd", *PROGRAMS.values())
 """Daemons whose settings files decide what the platform does."""
+SEIZURES_MAX: Final = 10
+"""Interruptions by other localities in a row after which the last one is told."""
+TAKEN_S: Final = 0.2
+"""The pause after one: somebody else has the chip, for a command or so."""
+_TAKEN: Final = frozenset({TisFault.SEIZED, TisFault.HASH_REFUSED})
+
+T = TypeVar("T")
 
 
 class PlatformFirmware:
@@ -84,7 +94,7 @@ class PlatformFirmware:
         await self.measure()
         async with self._turn:
             tell("which is being powered on")
-            await trio.to_thread.run_sync(self._power_on)
+            await trio.to_thread.run_sync(_unless_seized, self._power_on)
 
     async def adopt(self) -> None:
         """Go on with the event log of an earlier launcher.
@@ -110,7 +120,8 @@ class PlatformFirmware:
         """
         await self.measure()
         async with self._turn:
-            await trio.to_thread.run_sync(self._launch_manager, config_text)
+            work = partial(self._launch_manager, config_text)
+            await trio.to_thread.run_sync(_unless_seized, work)
 
     async def read_pcrs(self) -> dict[int, bytes]:
         """Read all PCRs of the chip.
@@ -119,7 +130,7 @@ class PlatformFirmware:
             Failure: The chip is not reached, or refuses.
         """
         async with self._turn:
-            return await trio.to_thread.run_sync(self._read_pcrs)
+            return await trio.to_thread.run_sync(_unless_seized, self._read_pcrs)
 
     async def boot_hash(self, program: str) -> str:
         """Give the hex SHA-1 of a program, as measured at the launcher's start.
@@ -194,3 +205,20 @@ class PlatformFirmware:
         for link in self._links.values():
             link.close()
         self._links.clear()
+
+
+def _unless_seized(work: Callable[[], T]) -> T:
+    """Do something that can be begun again, and begin again while other localities interrupt it.
+
+    A platform that is powered on again begins with TPM_Init; a manager that is launched again, with
+    a hash sequence where an extend is in doubt.
+    """
+    for _ in range(SEIZURES_MAX):
+        try:
+            return work()
+        except ChipFault as fault:
+            if fault.fault not in _TAKEN:
+                raise
+            structlog.get_logger().warning("begins again", reason=fault.why)
+            time.sleep(TAKEN_S)
+    return work()

@@ -5,6 +5,7 @@ import struct
 
 import pytest
 
+from daemons.errors import Failure
 from daemons.launcher.event_log import EventType, replay
 from daemons.launcher.firmware import Firmware, FirmwareFailure, PlatformParts
 from daemons.launcher.measuring import measure_bytes
@@ -237,7 +238,8 @@ def test_power_on_again_after_a_power_cycle_gives_the_same_values(chip, powered)
 def test_launch_manager_extends_18_and_19_at_locality_2(chip, powered):
     chip.requests.clear()
     assert powered.launch_manager(PROGRAM, CONFIG)
-    assert chip.requests == [(Ordinal.EXTEND, 2), (Ordinal.EXTEND, 2)]
+    looked = [(Ordinal.PCR_READ, 0), (Ordinal.PCR_READ, 0)]
+    assert chip.requests == [*looked, (Ordinal.EXTEND, 2), (Ordinal.EXTEND, 2)]
     assert chip.pcrs[18] == sha1(bytes(20) + PROGRAM.sha1)
     assert chip.pcrs[19] == sha1(bytes(20) + CONFIG.sha1)
     assert replay(powered.events) == chip.pcrs
@@ -284,6 +286,30 @@ def test_launch_manager_after_one_that_failed_halfway_starts_over(chip, powered)
         powered.launch_manager(PROGRAM, CONFIG)
     assert replay(powered.events) == chip.pcrs
     powered.launch_manager(PROGRAM, CONFIG)
+    assert chip.pcrs[18] == sha1(bytes(20) + PROGRAM.sha1)
+    assert chip.pcrs[19] == sha1(bytes(20) + CONFIG.sha1)
+
+
+@pytest.mark.parametrize("nth", [1, 2])
+def test_launch_manager_after_an_extend_in_doubt_starts_over(chip, powered, nth):
+    """It was done, and nobody heard of it: the locality was seized, or the launcher killed."""
+    exchange = chip.exchange
+    extends = []
+
+    def seized_at_the_nth(request, locality):
+        answer = exchange(request, locality)
+        if request[6:10] == Ordinal.EXTEND.to_bytes(4, "big"):
+            extends.append(request)
+            if len(extends) == nth:
+                raise Failure("seized", why="a higher locality", next_step="")
+        return answer
+
+    chip.exchange = seized_at_the_nth
+    with pytest.raises(Failure, match="seized"):
+        powered.launch_manager(PROGRAM, CONFIG)
+    assert replay(powered.events) != chip.pcrs
+    assert powered.launch_manager(PROGRAM, CONFIG)
+    assert replay(powered.events) == chip.pcrs
     assert chip.pcrs[18] == sha1(bytes(20) + PROGRAM.sha1)
     assert chip.pcrs[19] == sha1(bytes(20) + CONFIG.sha1)
 

@@ -8,11 +8,14 @@ import trio
 from daemons.chip_memory import ChipMemory
 from daemons.durable_tpm import DurableTpm
 from daemons.hwtpmd import Chip
+from daemons.launcher import platform_firmware
 from daemons.launcher.event_log import EventType, read_log, replay
 from daemons.launcher.platform_firmware import PlatformFirmware
 from daemons.listeners import Kind, listen
 from daemons.places import Places
+from daemons.tis_link import ChipFault, TisLink
 from daemons.tis_server import TisPeer, TisServer, serve_tis
+from hwtpm.tis_driver import TisError, TisFault
 from tpm12.commands import ALL
 from tpm12.profile import CHIP
 
@@ -88,6 +91,49 @@ async def test_manager_is_launched_at_locality_2_and_a_changed_one_is_told_apart
         assert pcrs(tpm) == before
     launches = [e for e in read_log(places.event_log) if e.event_type == EventType.HASH_START]
     assert len(launches) == 3
+
+
+class Seizing(TisLink):
+    """A link whose every nth command is run, and then taken by a higher locality."""
+
+    every = 7
+    commands = 0
+
+    def exchange(self, request):
+        response = super().exchange(request)
+        Seizing.commands += 1
+        if Seizing.commands == self.every:
+            Seizing.every += 23
+            self.relinquish()  # the other has gone again, too
+            raise ChipFault("cannot run a command", TisError(TisFault.SEIZED, 0, ""))
+        return response
+
+
+async def test_power_on_and_launch_begin_again_when_they_are_seized(places, monkeypatch):
+    async with chip_of(places) as tpm:
+        undisturbed = PlatformFirmware(places)
+        await undisturbed.power_on(lambda _step: None)
+        await undisturbed.launch_manager('name="vtpmmgr"')
+        wanted = pcrs(tpm)
+        monkeypatch.setattr(platform_firmware, "TisLink", Seizing)
+        firmware = PlatformFirmware(places)
+        await firmware.power_on(lambda _step: None)
+        assert Seizing.commands > Seizing.every - 23, "it was seized"
+        Seizing.every = Seizing.commands + 3
+        await firmware.launch_manager('name="vtpmmgr"')
+        assert pcrs(tpm) == wanted
+        assert explained(places, tpm)
+
+
+async def test_what_is_seized_every_time_is_told(places, monkeypatch):
+    class Always(TisLink):
+        def exchange(self, _request):
+            raise ChipFault("cannot run a command", TisError(TisFault.SEIZED, 0, ""))
+
+    monkeypatch.setattr(platform_firmware, "TisLink", Always)
+    async with chip_of(places):
+        with pytest.raises(ChipFault, match="cannot run"):
+            await PlatformFirmware(places).power_on(lambda _step: None)
 
 
 async def test_changed_policy_changes_pcr_5_and_17(places):
