@@ -60,6 +60,7 @@ FILES: Final[dict[str, StoredFile]] = {
         lambda stack: stack.image(GUEST1), GUEST1, other=lambda stack: stack.image(VTPM2)
     ),
     "settings": StoredFile(lambda stack: stack.places.settings("launcherd"), LAUNCHER),
+    "policy": StoredFile(lambda stack: stack.places.policy, LAUNCHER),
     "manager settings": StoredFile(lambda stack: stack.places.settings("vtpmmgrd"), MANAGER),
     "chip journal": StoredFile(_of(CHIP, "journal"), CHIP, _RUN, _of(VTPM1, "journal")),
     "vTPM journal": StoredFile(_of(VTPM1, "journal"), VTPM1, _RUN, _of(VTPM2, "journal")),
@@ -100,6 +101,11 @@ class Damaged:
     def __post_init__(self) -> None:
         self._kept = self.path.with_name(f".{self.path.name}.kept")
 
+    @property
+    def second_name(self) -> Path:
+        """Beside it, and no name that anybody looks for."""
+        return self.path.with_name(f".{self.path.name}.second")
+
     def write(self, content: bytes) -> None:
         """Other contents in the same file."""
         with self.path.open("r+b") as file:
@@ -120,6 +126,7 @@ class Damaged:
 
     def undo(self) -> None:
         """The file as it was: the same inode with the same contents."""
+        self.second_name.unlink(missing_ok=True)
         if not os.path.lexists(self._kept) and not self.path.is_file():
             return  # one of the run directory, which went with the stack
         if self._kept.exists():
@@ -214,6 +221,11 @@ def symbolic_link(file: Damaged, _chance: random.Random, _older: bytes, _other: 
     file.path.symlink_to(file.put_aside())
 
 
+def hard_link(file: Damaged, _chance: random.Random, _older: bytes, _other: bytes) -> None:
+    """A second name, under which somebody may still have it open."""
+    os.link(file.path, file.second_name)
+
+
 def fifo(file: Damaged, _chance: random.Random, _older: bytes, _other: bytes) -> None:
     """A FIFO, on which an open may wait for ever."""
     file.put_aside()
@@ -240,6 +252,7 @@ DAMAGES: Final[dict[str, Damage]] = {
         open_to_all,
         unreadable,
         symbolic_link,
+        hard_link,
         fifo,
         directory,
     )

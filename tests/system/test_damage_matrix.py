@@ -14,6 +14,7 @@ import signal
 import pytest
 
 from daemons.errors import Failure
+from daemons.policy import BUILT_IN
 from protocol.return_codes import TpmError
 from tests.system.belongings import NV_INDEX, Belongings
 from tests.system.damage import (
@@ -40,6 +41,12 @@ from tests.system.scratch_stack import (
 STATUSES = {65, 66, 69, 74, 77, 78}
 """Of refusals: damaged, not there, unavailable, disk, permission, configuration. Never a bug."""
 SAMPLE = 6
+POLICY = "".join(
+    f'[[allow]]\nfrontend = "{rule.frontend}"\nbackend = "{rule.backend}"\n'
+    f"same_user = {str(rule.needs_same_user).lower()}\n"
+    for rule in BUILT_IN.rules
+)
+"""As the built-in one, but in a file that can be damaged."""
 SETTLED = ("running", "failed")
 MARK = b"\x42" * 20
 MARKED = sha1(bytes(20) + MARK)
@@ -101,6 +108,8 @@ def installation():
             stack.make_boot(guest)
         for daemon in ("launcherd", "vtpmmgrd"):
             stack.set(daemon, 'log_level = "info"')
+        stack.places.policy.write_text(POLICY)
+        stack.places.policy.chmod(0o600)
         made = Installation(stack)
         made.be_up()
         made.older = {name: f.where(stack).read_bytes() for name, f in FILES.items()}
