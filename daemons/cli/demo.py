@@ -67,5 +67,9 @@ def _scratch_root(chosen: str | None) -> Iterator[Path]:
 
 
 def _leave(number: int, _frame: object) -> None:
-    """Turn SIGTERM into an orderly end, so that nothing is left behind."""
+    """Turn SIGTERM into an orderly end, so that nothing is left behind; the next ones into nothing.
+
+    Who sends another one must not end what puts away.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.exit(128 + number)
