@@ -13,6 +13,7 @@ Invariants:
 
 from __future__ import annotations
 
+import errno
 import math
 import signal
 from collections.abc import Awaitable, Callable, Mapping
@@ -275,7 +276,7 @@ class Supervisor:
         try:
             await self._interruptible(launch)
         except Failure as failure:
-            if self._has_served and failure.exit_code is ExitCode.IO_ERROR:
+            if self._has_served and _is_about_room(failure):
                 self._put_off(failure)
             else:
                 self._give_up(failure)
@@ -352,10 +353,7 @@ class Supervisor:
         if self._ready_at is not None and now - self._ready_at >= self._limits.stable_s:
             self._deaths_in_a_row = self._put_off_in_a_row = 0
         # Who is killed has not failed, and what is killed all day has to come back each time.
-        # A full disk is waited for, too.
-        if status == ExitCode.IO_ERROR and self._has_served:
-            self._put_off_in_a_row += 1
-        elif not was_killed:
+        if not was_killed:
             self._deaths_in_a_row += 1
         self.reason = self.last_reason = ": ".join(filter(None, (how, str(last_words))))
         log.warning("process died", domain=self.name, reason=self.reason)
@@ -446,6 +444,12 @@ class Supervisor:
         log.debug("state", domain=self.name, event_name=event, before=self.state, after=target)
         self.state = target
         self._changes.announce()
+
+
+def _is_about_room(failure: Failure) -> bool:
+    """Whether it would not have happened if the disk, or a quota, were not used up."""
+    cause = failure.__cause__
+    return isinstance(cause, OSError) and cause.errno in {errno.ENOSPC, errno.EDQUOT}
 
 
 def describe_exit(status: int | None) -> str:
