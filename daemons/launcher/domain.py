@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 CHIP_DOMID: Final = 0x7FEF
 """The last number a domain can have: the chip is no domain, and domains count from 1 as in Xen."""
 DOMID_MAX: Final = CHIP_DOMID - 1
+"""The last one that a domain does have."""
 
 PROGRAMS: Final[Mapping[Role, str]] = {
     Role.HWTPM: "hwtpmd",
