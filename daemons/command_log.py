@@ -9,9 +9,8 @@ from __future__ import annotations
 import time
 from typing import Any, Final
 
-import structlog
-
 from daemons import logs
+from daemons.lean_structlog import structlog
 from protocol.constants import Ordinal
 
 _NUMBER: Final = slice(6, 10)

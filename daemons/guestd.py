@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final, TypeVar
 
-import structlog
 import trio
 
 from daemons import log_levels, logs, settings
@@ -27,6 +26,7 @@ from daemons.guest.boot_image import BootImage
 from daemons.guest.measurements import Measurement, forget_measurements, write_measurements
 from daemons.guest.tpm0 import CLIENTS_MAX, Tpm0Device
 from daemons.guest.tpm0_stream import STALL_S
+from daemons.lean_structlog import structlog
 from daemons.listeners import Kind, activated_or_listen
 from daemons.places import DomainPlaces, Places
 from daemons.registry import DomainRecord, Registry

@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-import structlog
 import trio
 
 from daemons import command_log, log_levels, logs, policy, settings
@@ -25,6 +24,7 @@ from daemons.durable_tpm import DurableTpm
 from daemons.errors import ExitCode, Failure
 from daemons.faults.hooks import hooks_of
 from daemons.journal import GO_ON, missing
+from daemons.lean_structlog import structlog
 from daemons.listeners import Kind, PeerCredentials, activated_or_listen
 from daemons.places import CHIP_NAME, Places
 from daemons.registry import Registry, Role

@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-import structlog
 import trio
 
 from daemons import log_levels, logs
@@ -45,6 +44,7 @@ from daemons.launcher.spawner import Spawner, open_log
 from daemons.launcher.stack import Stack
 from daemons.launcher.supervisor import Changes
 from daemons.launcher_client import LauncherClient, StackNotUp
+from daemons.lean_structlog import structlog
 from daemons.listeners import AlreadyRunning, Kind, Listener, listen, start_time_of
 from daemons.places import DOMAIN0_NAME, Places
 from daemons.policy import load as load_policy

@@ -18,10 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import structlog
-
 from daemons import logs
 from daemons.errors import ExitCode, Failure
+from daemons.lean_structlog import structlog
 from daemons.private_files import read_checked
 from daemons.settings import LOG_LEVELS
 from daemons.strict_toml import Table, TomlError

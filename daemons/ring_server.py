@@ -24,13 +24,13 @@ from enum import Enum
 from functools import partial
 from typing import Final, Protocol, TypeVar
 
-import structlog
 import trio
 
 from daemons import command_log
 from daemons.carrying import carry, ours, stop_taking
 from daemons.errors import Failure
 from daemons.fair_lock import FairLock
+from daemons.lean_structlog import structlog
 from daemons.listeners import (
     Listener,
     PeerCredentials,

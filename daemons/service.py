@@ -27,11 +27,11 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any, Final, ParamSpec, cast
 
-import structlog
 import trio
 
 from daemons import log_levels, logs
 from daemons.errors import ExitCode, Failure
+from daemons.lean_structlog import structlog
 from daemons.listeners import Listener, PeerCredentials, peer_credentials
 from daemons.sd_notify import Notifier
 from protocol.wire import DecodeError

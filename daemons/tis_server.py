@@ -29,12 +29,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol, TypeVar
 
-import structlog
 import trio
 
 from daemons.carrying import carry, ours
 from daemons.errors import Failure
 from daemons.fair_lock import FairLock
+from daemons.lean_structlog import structlog
 from daemons.listeners import Listener, PeerCredentials, set_send_timeout
 from daemons.sd_notify import NO_COMMAND
 from daemons.service import DRAIN_S, Connection, ends_with_its_peer, serve

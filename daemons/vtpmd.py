@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, TypeVar
 
-import structlog
 import trio
 
 from daemons import log_levels, logs, policy, settings
@@ -23,6 +22,7 @@ from daemons.durable_tpm import DurableTpm
 from daemons.errors import ExitCode, Failure
 from daemons.faults.hooks import Hooks, hooks_of
 from daemons.journal import missing
+from daemons.lean_structlog import structlog
 from daemons.listeners import Kind, PeerCredentials, activated_or_listen
 from daemons.places import Places
 from daemons.registry import DomainRecord, Registry

@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
 
-import structlog
 import trio
 
 from daemons import log_levels, logs, policy, settings
@@ -26,6 +25,7 @@ from daemons.disk import Disk
 from daemons.domain_options import DomainOptions, parse_domain_options
 from daemons.errors import ExitCode, Failure
 from daemons.faults.hooks import Hooks, hooks_of
+from daemons.lean_structlog import structlog
 from daemons.listeners import Kind, activated_or_listen
 from daemons.manager import sealing
 from daemons.manager.admission import Admission, Client, label_patterns

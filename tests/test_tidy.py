@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 import tokenize
 from pathlib import Path
 
@@ -129,3 +131,18 @@ def test_every_exemption_names_its_rule_and_reason(path):
         for token in tokenize.tokenize(file.readline):
             if token.type == tokenize.COMMENT and "noqa" in token.string:
                 assert re.search(r"noqa: [A-Z]+[0-9]+", token.string), f"{path}:{token.start[0]}"
+
+
+def test_daemons_have_structlog_without_rich():
+    """What the firmware does not measure is not in them (measuring.LIBRARIES)."""
+    others = [
+        relative(path)
+        for path in sources("daemons")
+        if "structlog" in {module for module, _ in imported(path)}
+    ]
+    assert others == ["daemons/lean_structlog.py"]
+    asked = "import sys, daemons.guestd, daemons.launcherd; print('rich' in sys.modules)"
+    told = subprocess.run(
+        [sys.executable, "-c", asked], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert told.stdout == "False\n"

@@ -19,8 +19,6 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-import structlog
-
 from daemons.disk import Disk
 from daemons.errors import Failure
 from daemons.faults.chip import OtherLocality, as_of_a_busy_chip, asks_for_status
@@ -29,6 +27,7 @@ from daemons.faults.hooks import LOCK_NAME, LOG_SUFFIX, PLAN_NAME
 from daemons.faults.page import DISK, RING, SENT, TIS, Page, now_us
 from daemons.faults.plan import PLAN_BYTES_MAX, Fault, What, parse_plan
 from daemons.faults.schedule import happens, happens_in_turn, turn_at
+from daemons.lean_structlog import structlog
 from daemons.private_files import read_checked
 
 if TYPE_CHECKING:

@@ -24,12 +24,12 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Final
 
-import structlog
 import trio
 
 from daemons.carrying import carry
 from daemons.errors import Failure
 from daemons.guest.tpm0_stream import STALL_S, Exchange, Tpm0Stream
+from daemons.lean_structlog import structlog
 from daemons.service import Connection, ends_with_its_peer
 
 CLIENTS_MAX: Final = 64

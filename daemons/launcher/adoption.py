@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import structlog
 import trio
 
 from daemons.errors import ExitCode, Failure
@@ -25,6 +24,7 @@ from daemons.journal import boot_id
 from daemons.launcher.last_words import read_last_words
 from daemons.launcher.processes import is_alive, is_stopped, send_signal
 from daemons.launcher.supervisor import Launched
+from daemons.lean_structlog import structlog
 from daemons.places import CHIP_NAME, Places
 from daemons.private_files import UnsafeFile, read_checked
 from daemons.registry import DomainRecord, Registry, Role

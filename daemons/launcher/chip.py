@@ -12,7 +12,6 @@ import os
 from collections.abc import Awaitable, Callable
 from typing import Final, Protocol
 
-import structlog
 import trio
 
 from daemons.errors import ExitCode, Failure
@@ -24,6 +23,7 @@ from daemons.launcher.process_start import Start, start_process
 from daemons.launcher.process_states import State
 from daemons.launcher.stack import Stack
 from daemons.launcher.supervisor import Launched, Supervisor
+from daemons.lean_structlog import structlog
 from daemons.places import CHIP_NAME
 from daemons.registry import DomainRecord, Role
 

@@ -25,10 +25,10 @@ from dataclasses import dataclass
 from types import UnionType
 from typing import Any, Final, cast
 
-import structlog
 import trio
 
 from daemons.errors import ExitCode, Failure
+from daemons.lean_structlog import structlog
 from daemons.listeners import Listener, peer_credentials
 
 LINE_BYTES_MAX: Final = 2 * 1024 * 1024

@@ -12,7 +12,6 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from uuid import UUID
 
-import structlog
 import trio
 
 from daemons.errors import ExitCode, Failure
@@ -38,6 +37,7 @@ from daemons.launcher.process_states import RESTING, State
 from daemons.launcher.processes import is_alive
 from daemons.launcher.stack import DOMAINS_MAX, Stack
 from daemons.launcher.supervisor import Launched, Supervisor
+from daemons.lean_structlog import structlog
 from daemons.listeners import start_time_of
 from daemons.places import CHIP_NAME, DOMAIN0_NAME, Places
 from daemons.policy import NotAllowed

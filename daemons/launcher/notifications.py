@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import structlog
 import trio
 
+from daemons.lean_structlog import structlog
 from daemons.listeners import Listener
 from daemons.sd_notify import receive_notification
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Final, TypeVar
 
-import structlog
 import trio
 
 from daemons.errors import ExitCode, Failure
@@ -30,6 +29,7 @@ from daemons.launcher.measuring import (
     measure_program,
     measure_runtime,
 )
+from daemons.lean_structlog import structlog
 from daemons.places import Places
 from daemons.registry import Role
 from daemons.tis_link import ChipFault, TisLink

@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Protocol
 
-import structlog
 import trio
 
 from daemons.errors import ExitCode, Failure
@@ -32,6 +31,7 @@ from daemons.launcher.fork_server import (
     encode_spawn,
 )
 from daemons.launcher.processes import is_alive, send_signal
+from daemons.lean_structlog import structlog
 from daemons.listeners import start_time_of
 
 SPAWN_DEADLINE_S = 15.0

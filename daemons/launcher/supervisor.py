@@ -20,13 +20,13 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-import structlog
 import trio
 
 from daemons.errors import ExitCode, Failure
 from daemons.launcher.last_words import LastWords
 from daemons.launcher.process_states import SETTLED, TRANSITIONS, Event, State
 from daemons.launcher.spawner import Process
+from daemons.lean_structlog import structlog
 from daemons.xl.domain_config import Action
 
 STATUS_CHARS_MAX = 200

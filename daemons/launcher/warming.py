@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import io
 
-import structlog
 import trio
 
 from daemons import logs, policy
 from daemons.durable_tpm import DurableTpm
+from daemons.lean_structlog import structlog
 from daemons.xl.domain_config import parse_domain
 from protocol import wire
 from tpm12.commands import ALL

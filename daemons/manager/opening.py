@@ -20,10 +20,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-import structlog
-
 from daemons.disk import Disk, PosixDisk
 from daemons.errors import ExitCode, Failure
+from daemons.lean_structlog import structlog
 from daemons.manager import sealing
 from daemons.manager.chip import Chip, Progress
 from daemons.manager.chip_anchor import NV_INDICES, SECRET_BYTES, ChipAnchor

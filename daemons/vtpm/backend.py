@@ -20,10 +20,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Final
 
-import structlog
-
 from daemons.durable_tpm import DurableTpm
 from daemons.errors import Failure
+from daemons.lean_structlog import structlog
 from daemons.policy import LocalityRule, claimable_localities
 from daemons.ring_server import Refused, RingPeer
 from daemons.vtpm.manager_link import ManagerLink, changes_nothing

@@ -12,10 +12,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final, NamedTuple
 
-import structlog
-
 from daemons.durable_tpm import DurableTpm
 from daemons.errors import Failure
+from daemons.lean_structlog import structlog
 from daemons.ring_client import BeforeSend, Sent
 from daemons.vtpm.manager_link import ManagerLink
 from daemons.vtpm.remembered_responses import note
