@@ -10,8 +10,9 @@
 #   make conformance    write docs/conformance.md anew
 #   make clean          remove what these made
 PYTHON ?= python3
-# One file's tests stay together: those of tests/system share a stack, in their order.
-PYTEST_ARGS ?= -n 2 --dist loadfile
+# One file's tests stay together: those of tests/system share a stack, in their order. What takes
+# longest begins first (tests/conftest.py), not the file with the most tests.
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 PREFIX ?= /usr/local
 DESTDIR ?=
 

@@ -7,10 +7,13 @@ with it.
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+LONGEST_FIRST = ("system/test_systemd", "system/test_both_ways", "differential/", "system/")
+"""Below `tests`: what takes longest begins first, so that nobody works alone at the end."""
 SEED = 1
 """What tests that take `seed` use where nobody gives one."""
 
@@ -31,6 +34,17 @@ def pytest_configure(config):
     if seed is not None:
         config.option.hypothesis_seed = seed
     settings.load_profile("ci" if seed is None and os.environ.get("CI") else "here")
+
+
+def pytest_collection_modifyitems(items):
+    here = str(Path(__file__).parent)
+    ends = len(LONGEST_FIRST)
+
+    def rank(item):
+        name = str(item.path).removeprefix(f"{here}/")
+        return next((at for at, long in enumerate(LONGEST_FIRST) if name.startswith(long)), ends)
+
+    items.sort(key=rank)
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ What holds under the launcher too, crashes above all, is in `test_both_ways.py`.
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import shutil
@@ -317,24 +316,6 @@ def test_a_stopped_target_leaves_no_process_and_no_socket(stack):
     stack.stop()
     found = stack.run("find", "/run/vtpm", "-type", "s")
     assert found.stdout == ""
-
-
-ORDERS = list(itertools.permutations((CHIP, MANAGER, VTPM1, GUEST1)))
-
-
-def test_the_units_start_in_every_order(stack):
-    sockets = [unit.replace(".service", ".socket") for unit in (CHIP, MANAGER, VTPM1, GUEST1)]
-    for order in ORDERS:
-        stack.stop()
-        stack.systemctl("reset-failed")
-        stack.systemctl("start", *sockets)
-        alone = ("--no-block", "--job-mode=ignore-dependencies")
-        for unit in order:
-            stack.systemctl("start", *alone, unit)
-        stack.systemctl("start", *alone, "vtpm-platform.service")
-        with stack.client("guest1") as tpm:  # came early, and waits
-            assert tpm.pcr_read(4) != bytes(20), order
-        stack.until_active(*order)
 
 
 # -- the vtpm command ------------------------------------------------------------------------------

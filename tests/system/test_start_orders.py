@@ -1,0 +1,41 @@
+"""Sockets make every order of start right: a stack's units are started in each one there is."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from tests.system.systemd.installed import CHIP, GUEST1, MANAGER, TARGET, VTPM1, installed_machine
+from tests.system.systemd.machine import why_not
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(bool(why_not()), reason=why_not()),
+]
+UNITS = (CHIP, MANAGER, VTPM1, GUEST1)
+SOCKETS = [unit.replace(".service", ".socket") for unit in UNITS]
+ALONE = ("--no-block", "--job-mode=ignore-dependencies")
+
+
+@pytest.fixture(scope="module")
+def installed():
+    """Started once, so that its users and directories are there: no order does without."""
+    with installed_machine() as made:
+        made.systemctl("enable", "--now", TARGET)
+        made.until_active(*UNITS)
+        yield made
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(UNITS)), ids=" ".join)
+def test_the_units_start_in_every_order(installed, order):
+    installed.stop()
+    installed.systemctl("reset-failed")
+    installed.systemctl("start", *SOCKETS)
+    for unit in order:
+        installed.systemctl("start", *ALONE, unit)
+    installed.systemctl("start", *ALONE, "vtpm-platform.service")
+    with installed.client("guest1") as tpm:  # came early, and waits
+        assert tpm.pcr_read(4) != bytes(20)
+    installed.until_active(*order)
