@@ -5,21 +5,26 @@ them. Each command that changed something adds one record to the journal (`journ
 answered: what changed of the state, and the notes that must change with it (the response, for whom
 and to which request). Commands that change nothing write nothing.
 
-A change of the permanent state is in its store, not here. Its record is written first, as prepared;
-if the process is killed next, the store tells whether the command was run: the permanent state then
-is one that the prepared change has nothing more to change in.
+A change of the permanent state is in its store, not here: here is the digest of what the store has.
+The record of a change is written first, as prepared; if the process is killed next, the store tells
+whether the command was run, for the permanent state then has the digest of before or of after.
 
 Record: kind u8, then parts: tag u8 | length u32 | data. A part is a section of the state (whole in
-a snapshot, else a delta of `state_codec.py`) or a note: name, NUL, value.
+a snapshot, else a delta of `state_codec.py`), a note (name, NUL, value), or the SHA-256 of the
+permanent section that is stored (in a snapshot) or will be (in a prepared record).
 
 Invariants:
 - State and notes of one record take effect together, or not at all.
 - A prepared record that a change follows has taken effect; its store said so.
+- Volatile state goes on only beside the permanent state that it had: an older copy of the store
+  that took its place is refused. After a save that failed either state may be found.
 - Threads may write notes while another one runs a command.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import struct
 import threading
 from collections.abc import Mapping
@@ -42,7 +47,8 @@ Notes = Mapping[str, bytes]
 NO_NOTES: Final[Notes] = {}
 
 _SNAPSHOT, _CHANGED, _PREPARED, _DROPPED, _NOTED = b"\x01", b"\x02", b"\x03", b"\x04", b"\x05"
-_PERMANENT, _STCLEAR, _STANY, _VOLATILE, _NOTE = range(1, 6)
+_PERMANENT, _STCLEAR, _STANY, _VOLATILE, _NOTE, _STORED = range(1, 7)
+"""Tags. `_PERMANENT`, the delta of a prepared change, stood where `_STORED` does now."""
 _PART: Final = struct.Struct("<BI")
 
 
@@ -54,6 +60,8 @@ class Remembered:
     stany: StAny
     volatile: Volatile
     notes: dict[str, bytes]
+    stored: bytes | None = None
+    """SHA-256 of the permanent section beside it; None: the last save failed, it may be either."""
 
 
 class VolatileMemory:
@@ -70,6 +78,8 @@ class VolatileMemory:
         self._journal: Journal | None = None
         self._state: State | None = None
         self._prepared = b""
+        self._stored: bytes | None = None
+        self._about_to_store = b""
         self._turn = threading.Lock()
         self.notes: dict[str, bytes] = {}
 
@@ -91,7 +101,7 @@ class VolatileMemory:
         if records is None:
             return None
         try:
-            return _replayed(records, permanent)
+            left = _replayed(records, permanent)
         except (StateError, struct.error, ValueError) as error:
             raise Failure(
                 f"cannot go on from journal {self._path}",
@@ -100,6 +110,16 @@ class VolatileMemory:
                 " what was in memory by a reboot of the domain.",
                 exit_code=ExitCode.DAMAGED,
             ) from error
+        if left.stored not in {None, _digest(permanent)}:
+            raise Failure(
+                f"cannot go on from journal {self._path}",
+                why="the permanent state is not the one that the killed process had stored",
+                next_step="Put back the file that it had: this one is an older copy, or another"
+                " TPM's. To give up what was in memory: reboot the domain; for the chip, vtpm down"
+                " and vtpm up.",
+                exit_code=ExitCode.DAMAGED,
+            )
+        return left
 
     def begin(self, state: State, notes: Notes = NO_NOTES) -> None:
         """Remember a state from now on, in place of all that was remembered.
@@ -112,7 +132,8 @@ class VolatileMemory:
             raise ValueError("the TPM has no journal key")
         with self._turn:
             self._state, self._prepared, self.notes = state, b"", dict(notes)
-            snapshot = _snapshot(state, self.notes)
+            self._stored = _digest(state.permanent)
+            snapshot = self._snapshot()
             if self._journal is not None:
                 self._journal.restart(snapshot)
             else:
@@ -144,6 +165,7 @@ class VolatileMemory:
         """Remember what is so once the permanent section of `state` is stored."""
         with self._turn:
             if self._journal is not None:
+                self._about_to_store = _digest(state.permanent)
                 record = self._record(_PREPARED, state, notes)
                 self._append(record)
                 self._prepared = record
@@ -152,15 +174,15 @@ class VolatileMemory:
         """Take note that what was prepared is stored. Writes nothing: the store says it too."""
         with self._turn:
             if self._journal is not None:
-                self._prepared = b""
+                self._prepared, self._stored = b"", self._about_to_store
                 self._state = state
                 self.notes.update(notes)
 
     def dropped(self) -> None:
-        """What was prepared was not stored."""
+        """What was prepared was not stored, as far as its store can tell."""
         with self._turn:
             if self._journal is not None:
-                self._prepared = b""
+                self._prepared, self._stored = b"", None
                 self._append(_DROPPED)
 
     def forget(self) -> None:
@@ -170,14 +192,14 @@ class VolatileMemory:
                 self._journal.close()
                 self._journal = None
             remove_journal(self._path)
-            self._state, self._prepared, self.notes = None, b"", {}
+            self._state, self._prepared, self.notes, self._stored = None, b"", {}, None
 
     def _record(self, kind: bytes, after: State, notes: Notes) -> bytes:
         before = self._state
         assert before is not None
         parts = [kind]
         if kind is _PREPARED:
-            _add(parts, _PERMANENT, delta(before.permanent, after.permanent))
+            _add(parts, _STORED, self._about_to_store)
         if after.stclear is not before.stclear:
             _add(parts, _STCLEAR, delta(before.stclear, after.stclear))
         if after.stany is not before.stany:
@@ -187,13 +209,24 @@ class VolatileMemory:
         _add_notes(parts, notes)
         return b"".join(parts)
 
+    def _snapshot(self) -> bytes:
+        """All that is so, in one record."""
+        state = self._state
+        assert state is not None
+        parts = [_SNAPSHOT]
+        _add(parts, _STCLEAR, encode_section(state.stclear))
+        _add(parts, _STANY, encode_section(state.stany))
+        _add(parts, _VOLATILE, encode_section(state.volatile))
+        _add(parts, _STORED, self._stored or b"")
+        _add_notes(parts, self.notes)
+        return b"".join(parts)
+
     def _append(self, record: bytes) -> None:
         assert self._journal is not None
         if self._journal.append(record):
             return
         # No room: first all that was so far, then the record.
-        assert self._state is not None
-        self._journal.restart(_snapshot(self._state, self.notes))
+        self._journal.restart(self._snapshot())
         for each in filter(None, (self._prepared, record)):
             if not self._journal.append(each):
                 raise AssertionError("a record of a command does not fit into an empty journal")
@@ -208,15 +241,6 @@ def _add(parts: list[bytes], tag: int, data: bytes) -> None:
 def _add_notes(parts: list[bytes], notes: Notes) -> None:
     for name, value in notes.items():
         _add(parts, _NOTE, name.encode() + b"\0" + value)
-
-
-def _snapshot(state: State, notes: Notes) -> bytes:
-    parts = [_SNAPSHOT]
-    _add(parts, _STCLEAR, encode_section(state.stclear))
-    _add(parts, _STANY, encode_section(state.stany))
-    _add(parts, _VOLATILE, encode_section(state.volatile))
-    _add_notes(parts, notes)
-    return b"".join(parts)
 
 
 def _parts(record: bytes) -> list[tuple[int, bytes]]:
@@ -251,6 +275,8 @@ def _replayed(records: list[bytes], permanent: Permanent) -> Remembered:
             prepared = record if kind == _PREPARED else None
             if kind == _CHANGED:
                 found = _after(found, record)
+            elif kind == _DROPPED:
+                found = dataclasses.replace(found, stored=None)
     if found is None:
         raise ValueError("the journal has no records")
     if prepared is not None and _is_stored(prepared, permanent):
@@ -259,17 +285,19 @@ def _replayed(records: list[bytes], permanent: Permanent) -> Remembered:
 
 
 def _whole(record: bytes) -> Remembered:
-    sections = {tag: data for tag, data in _parts(record) if tag != _NOTE}
+    parts = {tag: data for tag, data in _parts(record) if tag != _NOTE}
     return Remembered(
-        decode_section(StClear, sections[_STCLEAR]),
-        decode_section(StAny, sections[_STANY]),
-        decode_section(Volatile, sections[_VOLATILE]),
+        decode_section(StClear, parts[_STCLEAR]),
+        decode_section(StAny, parts[_STANY]),
+        decode_section(Volatile, parts[_VOLATILE]),
         _notes_of(record),
+        parts.get(_STORED),
     )
 
 
 def _after(before: Remembered, record: bytes) -> Remembered:
     stclear, stany, volatile = before.stclear, before.stany, before.volatile
+    stored = None if record[:1] == _PREPARED else before.stored
     for tag, data in _parts(record):
         if tag == _STCLEAR:
             stclear = apply_delta(stclear, data)
@@ -277,7 +305,9 @@ def _after(before: Remembered, record: bytes) -> Remembered:
             stany = apply_delta(stany, data)
         elif tag == _VOLATILE:
             volatile = apply_delta(volatile, data)
-    return Remembered(stclear, stany, volatile, before.notes | _notes_of(record))
+        elif tag == _STORED:
+            stored = data
+    return Remembered(stclear, stany, volatile, before.notes | _notes_of(record), stored)
 
 
 def _notes_of(record: bytes) -> dict[str, bytes]:
@@ -290,8 +320,15 @@ def _notes_of(record: bytes) -> dict[str, bytes]:
 
 
 def _is_stored(prepared: bytes, permanent: Permanent) -> bool:
-    """Whether the store has what was prepared: then the change changes nothing more."""
+    """Whether the store has what was prepared."""
     for tag, data in _parts(prepared):
-        if tag == _PERMANENT:
+        if tag == _STORED:
+            return data == _digest(permanent)
+        if tag == _PERMANENT:  # as an older version wrote it: then it changes nothing more
             return encode_section(apply_delta(permanent, data)) == encode_section(permanent)
     return True
+
+
+def _digest(permanent: Permanent) -> bytes:
+    """SHA-256 of the permanent section, as its store has it."""
+    return hashlib.sha256(encode_section(permanent)).digest()

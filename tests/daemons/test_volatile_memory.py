@@ -1,18 +1,21 @@
 """A TPM that is killed at any point goes on as it was; each command was run once or not at all."""
 
+import dataclasses
 import hashlib
+import struct
 
 import pytest
 
 from daemons.durable_tpm import DurableTpm
 from daemons.errors import ExitCode, Failure
-from daemons.volatile_memory import VolatileMemory
+from daemons.journal import read_journal
+from daemons.volatile_memory import VolatileMemory, _replayed
 from protocol.constants import KeyUsage, Ordinal, ResourceType
 from tpm12.client import TpmClient
 from tpm12.client_core import Use
 from tpm12.commands import ALL
 from tpm12.profile import CHIP
-from tpm12.state_codec import encode_section
+from tpm12.state_codec import delta, encode_section
 
 MARK = b"m" * 20
 PRESENCE_BY_COMMAND = bytes.fromhex("00c10000000c4000000a0020")
@@ -261,3 +264,66 @@ def test_journal_of_another_tpm_is_refused(machine, tmp_path):
     with pytest.raises(Failure) as caught:
         machine.start()
     assert caught.value.exit_code is ExitCode.DAMAGED
+
+
+def test_an_older_permanent_state_is_refused_and_the_right_one_goes_on(owned):
+    count_id, _ = owned.client.create_counter(b"test")
+    older = owned.store.permanent
+    value = owned.client.increment_counter(count_id)
+    owned.client.extend(10, MARK)
+    right, left = owned.store.permanent, owned.path.read_bytes()
+    owned.store.permanent = older
+    with pytest.raises(Failure, match="not the one that the killed process had stored") as caught:
+        owned.start()
+    assert caught.value.exit_code is ExitCode.DAMAGED
+    assert owned.path.read_bytes() == left
+    owned.store.permanent = right
+    owned.crash()
+    assert owned.client.read_counter(count_id).counter == value.counter
+
+
+def test_an_older_permanent_state_is_refused_when_the_newest_was_under_way(owned):
+    count_id, _ = owned.client.create_counter(b"test")
+    older = owned.store.permanent
+    owned.client.increment_counter(count_id)
+    owned.store.kill = "after"
+    with pytest.raises(Killed):
+        owned.client.increment_counter(count_id)
+    owned.store.permanent = older
+    with pytest.raises(Failure, match="not the one"):
+        owned.start()
+
+
+@pytest.mark.parametrize("is_there", [False, True], ids=["the one before", "the failed one"])
+def test_after_a_save_that_failed_either_state_is_gone_on_with(owned, is_there):
+    owned.store.kill = "fails"
+    attempts = []
+    save = owned.store.save
+
+    def fail(permanent):
+        attempts.append(permanent)
+        save(permanent)
+
+    owned.store.save = fail
+    assert owned.tpm.execute(PRESENCE_BY_COMMAND, 0)[6:10] != bytes(4)
+    del owned.store.save
+    if is_there:
+        owned.store.permanent = attempts[0]
+    owned.crash()
+    owned.crash()
+
+
+def test_a_prepared_change_of_an_older_version_is_understood(owned):
+    """It had the change itself where there is a digest now."""
+    before = owned.tpm.state.permanent
+    after = before.clone()
+    after.flags = dataclasses.replace(before.flags, ownership=not before.flags.ownership)
+    memory = VolatileMemory(owned.path, "t")
+    memory.begin(owned.tpm.state)
+    records = read_journal(owned.path, before.journal_key, b"t")
+    data = delta(before, after)
+    note = b"run\0yes"
+    prepared = b"\x03" + struct.pack("<BI", 1, len(data)) + data
+    prepared += struct.pack("<BI", 5, len(note)) + note
+    assert _replayed([*records, prepared], after).notes == {"run": b"yes"}
+    assert _replayed([*records, prepared], before).notes == {}
