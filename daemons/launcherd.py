@@ -22,7 +22,7 @@ import trio
 
 from daemons import log_levels, logs
 from daemons.errors import ExitCode, Failure
-from daemons.launcher.adoption import OldStack, find_old_stack, note_ready
+from daemons.launcher.adoption import OldStack, find_old_stack
 from daemons.launcher.chip import Chip, Firmware
 from daemons.launcher.control import ControlServer
 from daemons.launcher.devices import Devices
@@ -40,13 +40,14 @@ from daemons.launcher.leftovers import (
 from daemons.launcher.methods import Methods
 from daemons.launcher.notifications import hear_notifications
 from daemons.launcher.processes import become_child_subreaper
+from daemons.launcher.ready_marks import note_ready
 from daemons.launcher.spawner import Spawner, open_log
 from daemons.launcher.stack import Stack
 from daemons.launcher.supervisor import Changes
 from daemons.launcher_client import LauncherClient, StackNotUp
 from daemons.lean_structlog import structlog
 from daemons.listeners import AlreadyRunning, Kind, Listener, listen, start_time_of
-from daemons.places import DOMAIN0_NAME, Places
+from daemons.places import CHIP_NAME, DOMAIN0_NAME, Places
 from daemons.policy import load as load_policy
 from daemons.registry import DomainRecord, RegistryWriter, Role
 from daemons.sd_notify import Notifier, listen_for_notifications
@@ -319,21 +320,28 @@ async def _log_progress(text: str) -> None:
 
 def _pass_notification(stack: Stack, chip: Chip, pid: int, fields: Mapping[str, str]) -> bool:
     if chip.pid == pid:
-        chip.supervisor.notified(fields)
+        chip.supervisor.notified(_noted(stack, CHIP_NAME, Role.HWTPM, pid, fields))
         return True
     for domain in stack.domains.values():
         if domain.external is None and domain.pid == pid:
-            if fields.get("READY") == "1" and not _is_noted_as_ready(stack, domain.name):
-                fields = {name: value for name, value in fields.items() if name != "READY"}
-            domain.supervisor.notified(fields)
+            domain.supervisor.notified(_noted(stack, domain.name, domain.role, pid, fields))
             return True
     return False
 
 
-def _is_noted_as_ready(stack: Stack, name: str) -> bool:
+def _noted(
+    stack: Stack, name: str, role: Role, pid: int, fields: Mapping[str, str]
+) -> Mapping[str, str]:
+    """What a process says of itself; that it is ready only once that is written down."""
+    if fields.get("READY") != "1" or _is_noted_as_ready(stack, name, role, pid):
+        return fields
+    return {field: value for field, value in fields.items() if field != "READY"}
+
+
+def _is_noted_as_ready(stack: Stack, name: str, role: Role, pid: int) -> bool:
     """Whether it could be written down that a domain serves: before that nobody may use it."""
     try:
-        note_ready(stack.places, name)
+        note_ready(stack.places, name, role, pid)
     except Failure as failure:
         structlog.get_logger().error(
             failure.what, why=failure.why, next_step=failure.next_step, domain=name

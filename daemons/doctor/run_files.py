@@ -19,10 +19,11 @@ from daemons.guest.measurements import FILE_NAME as MEASUREMENTS
 from daemons.guest.measurements import read_measurements
 from daemons.instance_lock import inspect_lock
 from daemons.journal import boot_id, inspect_journal, missing
-from daemons.launcher.adoption import MARKER_NAME, READY_NAME
+from daemons.launcher.adoption import MARKER_NAME
 from daemons.launcher.event_log import read_log
 from daemons.launcher.leftovers import LOCK_NAME
 from daemons.launcher.processes import is_alive
+from daemons.launcher.ready_marks import READY_NAME, contradictions
 from daemons.listeners import SOCKET_PATH_BYTES_MAX, describe_file, served_paths
 from daemons.manager.handle_journal import read_leftovers
 from daemons.manager.request_memory import inspect_requests
@@ -92,7 +93,20 @@ def examine_registry(places: Places) -> tuple[list[Finding], dict[str, DomainRec
         else:
             if record is not None:
                 records[record.name] = record
+    for path, why in contradictions(places, records).items():
+        subject = Subject(path, "a record in the registry")
+        findings.append(subject.refused(_contradicted_record(path, why)))
     return findings, records
+
+
+def _contradicted_record(path: Path, why: str) -> Failure:
+    return DamagedRegistry(
+        f"the registry entry {path} is refused",
+        why=f"it {why}",
+        next_step="Put the file back as it was: vtpm up then takes over what runs. Or end all of it"
+        " in order: vtpm down.",
+        exit_code=ExitCode.DAMAGED,
+    )
 
 
 def _unusable_record(path: Path, failure: Failure) -> Failure:
@@ -234,7 +248,7 @@ def examine_chip(scene: Scene) -> list[Finding]:
         *examine_record(scene, CHIP_NAME),
         _journal(scene, CHIP_NAME, has_served=True),
         *_socket(scene, scene.places.tis_socket, is_running, owner=CHIP_NAME),
-        *_strangers(own.directory, {"journal", "journal.new", "tis.sock"}),
+        *_strangers(own.directory, {"journal", "journal.new", "tis.sock", READY_NAME}),
     ]
 
 

@@ -2,7 +2,8 @@
 
 What it needs is on disk: the registry names every domain with its process, each domain's run
 directory has its config file, and a marker says that the chip has its power, since which boot of
-the machine. Processes that died meanwhile are started again and go on from their journals.
+the machine. Processes that died meanwhile are started again and go on from their journals; where
+a record is older than the process that serves, nobody is started beside it.
 
 Not taken over: a domain that was created paused and never started, and a process from outside
 (`attach_external`), which is no guest any longer. How often a domain was started begins anew.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -23,6 +25,7 @@ from daemons.errors import ExitCode, Failure
 from daemons.journal import boot_id
 from daemons.launcher.last_words import read_last_words
 from daemons.launcher.processes import is_alive, is_stopped, send_signal
+from daemons.launcher.ready_marks import contradictions
 from daemons.launcher.supervisor import Launched
 from daemons.lean_structlog import structlog
 from daemons.places import CHIP_NAME, Places
@@ -31,8 +34,6 @@ from daemons.registry import DomainRecord, Registry, Role
 from daemons.xl.domain_config import parse_domain
 
 MARKER_NAME: Final = "powered"
-READY_NAME: Final = "ready"
-"""In a domain's run directory, beside its journal: one of its processes was ready."""
 MARKER_BYTES_MAX: Final = 64
 CONFIG_BYTES_MAX: Final = 1 << 20
 
@@ -105,24 +106,6 @@ def forget_power(places: Places) -> None:
     _marker(places).unlink(missing_ok=True)
 
 
-def note_ready(places: Places, name: str) -> None:
-    """Write down that a domain serves, and so may be used.
-
-    Raises:
-        Failure: It cannot be.
-    """
-    mark = places.domain(name).directory / READY_NAME
-    try:
-        mark.touch(mode=0o600)
-    except OSError as error:
-        raise _cannot_note(f"that {name} serves", mark, error) from error
-
-
-def was_ready(places: Places, name: str) -> bool:
-    """Whether one of the domain's processes has served since its journal began."""
-    return (places.domain(name).directory / READY_NAME).exists()
-
-
 def _marker(places: Places) -> Path:
     return places.run / MARKER_NAME
 
@@ -138,6 +121,7 @@ def find_old_stack(places: Places) -> OldStack | None:
     """
     registry = Registry(places.registry)
     chip = registry.get(CHIP_NAME)
+    _require_newest(places, {record.name: record for record in registry.all()})
     others = [record for record in registry.all() if record.role not in {Role.DOMAIN0, Role.HWTPM}]
     marker = read_checked(_marker(places), MARKER_BYTES_MAX)
     if marker != boot_id().hex().encode("ascii") or chip is None:
@@ -166,6 +150,12 @@ def _require_nobody(places: Places, marker: bytes | None, others: list[DomainRec
             f"the mark {_marker(places)} that the chip has its power {mark},"
             f" and yet {', '.join(alive)} run{'s' if len(alive) == 1 else ''}"
         )
+
+
+def _require_newest(places: Places, records: Mapping[str, DomainRecord]) -> None:
+    """Who serves is who the records name."""
+    for path, why in contradictions(places, records).items():
+        raise _cannot_take_over(f"{path} {why}")
 
 
 def _config_of(places: Places, record: DomainRecord) -> str | None:

@@ -21,7 +21,6 @@ from daemons.launcher.adoption import (
     launched_before,
     say_adopted,
     say_left,
-    was_ready,
 )
 from daemons.launcher.chip import Chip
 from daemons.launcher.consequences import forget_journal
@@ -35,6 +34,7 @@ from daemons.launcher.launching import (
 )
 from daemons.launcher.process_states import RESTING, State
 from daemons.launcher.processes import is_alive
+from daemons.launcher.ready_marks import was_ready
 from daemons.launcher.stack import DOMAINS_MAX, Stack
 from daemons.launcher.supervisor import Launched, Supervisor
 from daemons.lean_structlog import structlog

@@ -16,12 +16,13 @@ import trio
 
 from daemons.errors import ExitCode, Failure
 from daemons.journal import GO_ON
-from daemons.launcher.adoption import CONFIG_BYTES_MAX, READY_NAME
+from daemons.launcher.adoption import CONFIG_BYTES_MAX
 from daemons.launcher.chip import Chip
 from daemons.launcher.consequences import before_new_volatile_state, keeps_journal, must_go_on
 from daemons.launcher.domain import Domain
 from daemons.launcher.process_start import Start, start_process
 from daemons.launcher.process_states import RESTING, State
+from daemons.launcher.ready_marks import READY_NAME
 from daemons.launcher.stack import Stack
 from daemons.launcher.supervisor import Launched
 from daemons.places import Places

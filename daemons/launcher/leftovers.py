@@ -1,7 +1,8 @@
 """What a killed launcher has left: daemons that go on serving, and files of ended ones. No trio.
 
-The registry names every process by pid and start time, so that nothing else can be hit. The next
-launcher takes them over (`adoption.py`); `end_leftovers` ends them where there is none.
+The registry names every process by pid and start time, so that nothing else can be hit, and so do
+the marks of who serves (`ready_marks.py`), for a record that is gone or older than its process. The
+next launcher takes them over (`adoption.py`); `end_leftovers` ends them where there is none.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from daemons.instance_lock import InstanceLock
 from daemons.launcher.adoption import forget_power
 from daemons.launcher.domain import STOP_ORDER
 from daemons.launcher.processes import is_alive, send_signal
+from daemons.launcher.ready_marks import Serving, who_has_served, who_serves
 from daemons.places import CHIP_NAME, Places
-from daemons.registry import DomainRecord, Registry, RegistryWriter, Role
+from daemons.registry import Registry, RegistryWriter, Role
 
 ORDER: Final = (*STOP_ORDER, Role.HWTPM)
 """Who uses others ends before them."""
@@ -27,24 +29,26 @@ DRAIN_S: Final = 10.0
 LOCK_NAME: Final = "launcher.lock"
 
 
-def find_leftovers(places: Places) -> list[DomainRecord]:
-    """Give the domains whose processes are alive, in the order in which they have to end.
+def find_leftovers(places: Places) -> list[Serving]:
+    """Give the processes of domains that are alive, in the order in which they have to end.
 
     Raises:
         DamagedRegistry: A record cannot be believed.
     """
-    alive = [
-        record
+    recorded = {
+        record.name: Serving(record.name, record.role, record.pid, record.start_time)
         for record in Registry(places.registry).all()
-        if record.role is not Role.DOMAIN0
-        and record.pid is not None
+        if record.pid is not None
         and record.start_time is not None
         and is_alive(record.pid, record.start_time)
-    ]
-    return sorted(alive, key=lambda record: ORDER.index(record.role))
+    }
+    alive = (recorded | who_serves(places)).values()
+    return sorted(
+        (each for each in alive if each.role in ORDER), key=lambda each: ORDER.index(each.role)
+    )
 
 
-def end_leftovers(places: Places, *, drain_s: float = DRAIN_S) -> list[DomainRecord]:
+def end_leftovers(places: Places, *, drain_s: float = DRAIN_S) -> list[Serving]:
     """End every process that the registry knows, in order, and remove what they leave.
 
     Args:
@@ -67,7 +71,7 @@ def end_leftovers(places: Places, *, drain_s: float = DRAIN_S) -> list[DomainRec
     return alive
 
 
-def end_leftovers_of(places: Places, *, drain_s: float = DRAIN_S) -> list[DomainRecord]:
+def end_leftovers_of(places: Places, *, drain_s: float = DRAIN_S) -> list[Serving]:
     """End the processes that the registry knows, for who has the launcher's place.
 
     Raises:
@@ -75,7 +79,7 @@ def end_leftovers_of(places: Places, *, drain_s: float = DRAIN_S) -> list[Domain
     """
     alive = find_leftovers(places)
     for role in ORDER:
-        _end_together([record for record in alive if record.role is role], drain_s)
+        _end_together([each for each in alive if each.role is role], drain_s)
     return alive
 
 
@@ -95,7 +99,8 @@ def remove_remains(places: Places) -> None:
         if record.role is not Role.DOMAIN0:
             shutil.rmtree(places.run / record.name, ignore_errors=True)
         writer.remove(record.name)
-    shutil.rmtree(places.run / CHIP_NAME, ignore_errors=True)
+    for name in (CHIP_NAME, *who_has_served(places)):  # also whose record is gone
+        shutil.rmtree(places.run / name, ignore_errors=True)
     forget_power(places)
     remove_sockets(places)
     with contextlib.suppress(OSError):
@@ -109,17 +114,15 @@ def remove_sockets(places: Places) -> None:
             remains.unlink()
 
 
-def _end_together(records: Sequence[DomainRecord], drain_s: float) -> None:
+def _end_together(processes: Sequence[Serving], drain_s: float) -> None:
     for number, patience_s in ((signal.SIGTERM, drain_s), (signal.SIGKILL, drain_s)):
         handles: list[int] = []
         try:
-            for record in records:
-                assert record.pid is not None
-                assert record.start_time is not None
-                if send_signal(record.pid, record.start_time, number):
+            for each in processes:
+                if send_signal(each.pid, each.start_time, number):
                     with contextlib.suppress(ProcessLookupError):
-                        handles.append(os.pidfd_open(record.pid))
-                    send_signal(record.pid, record.start_time, signal.SIGCONT)
+                        handles.append(os.pidfd_open(each.pid))
+                    send_signal(each.pid, each.start_time, signal.SIGCONT)
             if _all_end(handles, patience_s):
                 return
         finally:

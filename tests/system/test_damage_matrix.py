@@ -2,8 +2,7 @@
 
 A refusal has a reason, an exit status and a next step, and leaves the file as it was; no outcome is
 a new TPM or a wrong answer, and what is put right serves again. CI draws a sample of cells from the
-seed; the whole matrix runs with DAMAGE_CELLS=all (an hour), one cell with -k. Two cells are known
-to fail (docs/guarantees.md), and those after them then do, too.
+seed; the whole matrix runs with DAMAGE_CELLS=all (an hour), one cell with -k.
 
 Damage inside stores is swept finer, without processes, in `tests/daemons/test_store_damage.py`.
 """

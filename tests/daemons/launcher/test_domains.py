@@ -18,7 +18,7 @@ from daemons.launcher.leftovers import end_leftovers, find_leftovers
 from daemons.launcher.processes import is_alive
 from daemons.launcher_client import LauncherClient, StackNotUp
 from daemons.listeners import start_time_of
-from daemons.places import Places
+from daemons.places import CHIP_NAME, Places
 
 FAKE_LAUNCHER = Path(__file__).parents[2] / "fakes" / "fake_launcher.py"
 DEADLINE_S = 20
@@ -1002,9 +1002,34 @@ def config_that_is_a_fifo(stack):
     os.mkfifo(stack.places.domain("vtpm-guest1").config, 0o600)
 
 
+def record_older(stack, name="vtpm-guest1"):
+    """As a copy from before its last start has it."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    path = stack.places.registry / f"{name}.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"pid": ended.pid, "start_time": 1}))
+
+
+def record_of_the_chip_older(stack):
+    record_older(stack, CHIP_NAME)
+
+
+def record_gone(stack):
+    (stack.places.registry / "vtpm-guest1.json").unlink()
+
+
+def record_of_the_chip_gone(stack):
+    (stack.places.registry / f"{CHIP_NAME}.json").unlink()
+
+
 @pytest.mark.parametrize(
     "damage",
     [
+        record_older,
+        record_of_the_chip_older,
+        record_gone,
+        record_of_the_chip_gone,
         mark_gone,
         mark_zeroed,
         mark_that_is_a_fifo,
