@@ -24,10 +24,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Final
@@ -38,6 +40,7 @@ PACKAGES: Final = ("protocol", "tpm12", "hwtpm", "daemons")
 LIBRARIES: Final = ("cffi", "construct", "cryptography", "setproctitle", "structlog", "trio")
 """What a daemon imports from elsewhere (rich and typer are only for the command)."""
 CODE_SUFFIXES: Final = frozenset({".py", ".so"})
+SOURCES_REMEMBERED: Final = 512
 FILE_BYTES_MAX: Final = 256 * 1024 * 1024
 
 _IMPORT: Final = re.compile(rb"^[ \t]*import[ \t]+([^\n#]+)", re.MULTILINE)
@@ -190,14 +193,23 @@ def _reachable(module: str, homes: Mapping[str, Path]) -> Iterator[tuple[str, by
             path = _file_of(part, homes)
             if path is None:
                 continue
-            content = _content(f"program {module}", path)
+            content = _content(f"program {module}", Path(path))
             home = homes[part.partition(".")[0]]
-            yield path.relative_to(home.parent).as_posix(), content
-            waiting.extend(_named_in(content, part if path.stem == "__init__" else parent))
+            yield os.path.relpath(path, home.parent), content
+            is_package = path.endswith("/__init__.py")
+            waiting.extend(_named_in(content, part if is_package else parent) - seen)
 
 
-def _named_in(source: bytes, own_package: str) -> Iterator[str]:
-    """Yield the dotted names that a file imports, ours and others'."""
+@lru_cache(maxsize=SOURCES_REMEMBERED)
+def _named_in(source: bytes, own_package: str) -> frozenset[str]:
+    """The dotted names that a file imports, ours and others'.
+
+    Remembered by what the file says: many programs have it, and each start measures one.
+    """
+    return frozenset(_names_imported(source, own_package))
+
+
+def _names_imported(source: bytes, own_package: str) -> Iterator[str]:
     for statement in _IMPORT.finditer(source):
         yield from _names(statement[1])
     for statement in _FROM.finditer(source):
@@ -225,13 +237,14 @@ def _names(listed: bytes) -> Iterable[str]:
     return [part.split()[0] for part in plain.split(",") if part.strip()]
 
 
-def _file_of(module: str, homes: Mapping[str, Path]) -> Path | None:
+def _file_of(module: str, homes: Mapping[str, Path]) -> str | None:
     package, *rest = module.split(".")
     if package not in homes:
         return None
-    place = homes[package].joinpath(*rest)
-    for path in (place.with_suffix(".py") if rest else place, place / "__init__.py"):
-        if path.is_file():
+    # Plain strings: this is asked a thousand times for a program, and pathlib takes half of it.
+    place = "/".join((str(homes[package]), *rest))
+    for path in (f"{place}.py", f"{place}/__init__.py") if rest else (f"{place}/__init__.py",):
+        if os.path.isfile(path):  # noqa: PTH113
             return path
     return None
 
