@@ -131,7 +131,9 @@ def test_members_of_classes_exist(document, members):
 def subcommands():
     """Click commands by their words: "create", "image make"."""
     found = {}
-    for word, command in typer.main.get_command(app).commands.items():
+    table = typer.main.get_command(app)
+    for word in table.list_commands(None):
+        command = table.get_command(None, word)
         below = getattr(command, "commands", None)
         if below is None:
             found[word] = command

@@ -3,41 +3,73 @@
 Subcommands follow `xl` where `xl` has them, and it can be called by that name. Each is a short
 handler in one of the modules of this package; what they do is asked of the launcher.
 
-- Start-up stays quick: a module imports what it needs when it is run.
+- Start-up stays quick: the module of a subcommand is imported when that one is asked for, and
+  imports what it needs when it is run. All are imported for `vtpm --help` alone.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Annotated, Any, Final
 
 import typer
 from typer.core import TyperGroup
 
-from daemons.cli import (
-    crashsweep,
-    demo,
-    devices,
-    doctor,
-    domains,
-    fault,
-    guests,
-    image,
-    pcrs,
-    simulator,
-    stack,
-    status,
-    tpm,
-)
+from daemons.cli.options import new_app
 from daemons.cli.output import report
 from daemons.errors import Failure
 
 PROGRAM: Final = "vtpm"
+SUBCOMMANDS: Final = {
+    "up": "stack:up",
+    "down": "stack:down",
+    "reload": "stack:reload",
+    "status": "status:status",
+    "doctor": "doctor:doctor",
+    "create": "domains:create",
+    "destroy": "domains:destroy",
+    "shutdown": "domains:shutdown",
+    "reboot": "domains:reboot",
+    "pause": "domains:pause",
+    "unpause": "domains:unpause",
+    "list": "domains:list_domains",
+    "domid": "domains:domid",
+    "vtpm-attach": "devices:vtpm_attach",
+    "vtpm-list": "devices:vtpm_list",
+    "vtpm-detach": "devices:vtpm_detach",
+    "block-attach": "devices:block_attach",
+    "block-list": "devices:block_list",
+    "device": "guests:device",
+    "exec": "guests:exec_in_guest",
+    "shell": "guests:shell",
+    "pcrs": "pcrs:show_pcrs",
+    "simulator": "simulator:as_typer_command",
+    "demo": "demo:demo",
+    "crashsweep": "crashsweep:crashsweep",
+    "fault": "fault:app",
+    "tpm": "tpm:app",
+    "image": "image:app",
+}
+"""Where each is declared: a module of this package, and its function or group in it."""
 
 
 class _Group(TyperGroup):
-    """Ends on a `Failure` with its three lines and its exit status."""
+    """Finds a subcommand by the table; ends on a `Failure` with its three lines and its status."""
 
-    def invoke(self, ctx: Any) -> Any:  # noqa: ANN401 - the type is the library's own
+    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ANN401 - the type is the library's own
+        for name in SUBCOMMANDS:
+            self.get_command(ctx, name)
+        return list(SUBCOMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ANN401 - as above
+        if cmd_name in SUBCOMMANDS:
+            if cmd_name not in self.commands:
+                self.commands[cmd_name] = _declared(cmd_name)
+            return self.commands[cmd_name]
+        self.list_commands(ctx)  # whoever mistypes is told what is like it
+        return None
+
+    def invoke(self, ctx: Any) -> Any:  # noqa: ANN401 - as above
         try:
             return super().invoke(ctx)
         except Failure as failure:
@@ -45,21 +77,20 @@ class _Group(TyperGroup):
             raise typer.Exit(int(failure.exit_code)) from failure
 
 
-def _new_app(**settings: Any) -> typer.Typer:  # noqa: ANN401 - passed through
-    # Plain help: rich would cost more than the whole of `vtpm list`.
-    return typer.Typer(
-        rich_markup_mode=None,
-        pretty_exceptions_enable=False,
-        add_completion=False,
-        no_args_is_help=True,
-        **settings,
-    )
+def _declared(name: str) -> Any:  # noqa: ANN401 - as above
+    """A subcommand as the library has it."""
+    module, _, attribute = SUBCOMMANDS[name].partition(":")
+    found = getattr(import_module(f"daemons.cli.{module}"), attribute)
+    if name == "simulator":  # which has a parser of its own, and is mostly begun without this table
+        found = found()
+    if isinstance(found, typer.Typer):
+        return typer.main.get_command(found)
+    alone = new_app()
+    alone.command(name)(found)
+    return typer.main.get_command(alone)
 
 
-app = _new_app(name=PROGRAM, cls=_Group)
-image_app = _new_app(name="image")
-fault_app = _new_app(name="fault")
-tpm_app = _new_app(name="tpm")
+app = new_app(name=PROGRAM, cls=_Group)
 
 
 @app.callback()
@@ -71,40 +102,3 @@ def vtpm(
 ) -> None:
     """Virtual TPMs for guests; names and forms are those of xl."""
     context.obj = root
-
-
-app.command()(stack.up)
-app.command()(stack.down)
-app.command()(stack.reload)
-app.command()(status.status)
-app.command()(doctor.doctor)
-app.command()(domains.create)
-app.command()(domains.destroy)
-app.command()(domains.shutdown)
-app.command()(domains.reboot)
-app.command()(domains.pause)
-app.command()(domains.unpause)
-app.command("list")(domains.list_domains)
-app.command()(domains.domid)
-app.command()(devices.vtpm_attach)
-app.command()(devices.vtpm_list)
-app.command()(devices.vtpm_detach)
-app.command()(devices.block_attach)
-app.command()(devices.block_list)
-app.command()(guests.device)
-app.command("exec")(guests.exec_in_guest)
-app.command()(guests.shell)
-app.command("pcrs")(pcrs.show_pcrs)
-app.command("simulator")(simulator.as_typer_command())
-app.command()(demo.demo)
-app.command()(crashsweep.crashsweep)
-fault_app.command("run")(fault.run)
-fault_app.command("check")(fault.check)
-app.add_typer(fault_app, name="fault", help="Faults on purpose.")
-tpm_app.callback()(tpm.select)
-for _command in tpm.COMMANDS:
-    tpm_app.command()(_command)
-app.add_typer(tpm_app, name="tpm", help="A guest's TPM: common commands.")
-image_app.command("make")(image.image_make)
-image_app.command("show")(image.image_show)
-app.add_typer(image_app, name="image", help="Guest images: what a guest boots.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from daemons.cli.options import Json, Root, ask, places_of
+from daemons.cli.options import Json, Root, ask, new_app, places_of
 from daemons.cli.output import print_json, print_line, print_rows, progress
 from daemons.errors import ExitCode, Failure
 
@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 Plan = Annotated[Path, typer.Argument(metavar="PLAN", help="A fault plan, in TOML.")]
 Step = Callable[[str], None]
 
+app = new_app(name="fault", help="Faults on purpose.")
 
+
+@app.command()
 def run(
     plan: Plan,
     for_s: Annotated[
@@ -58,6 +61,7 @@ def run(
     _say_how_it_is(fault_run, problems, "and no guest has booted again", is_quiet=as_json)
 
 
+@app.command()
 def check(plan: Plan, as_json: Json = False) -> None:
     """Say what a fault plan would do, or what is wrong with it. Nothing is done."""
     _, parsed = _read(plan)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from daemons.cli.options import Json, Root, places_of
+from daemons.cli.options import Json, Root, new_app, places_of
 from daemons.cli.output import print_json, print_line, print_rows
 from daemons.errors import ExitCode, Failure
 
@@ -16,6 +16,8 @@ Image = Annotated[
     typer.Argument(metavar="IMAGE", help="A file, or the name of one under the root's /images."),
 ]
 _FILE_BYTES_MAX = 256 * 1024 * 1024
+
+app = new_app(name="image", help="Guest images: what a guest boots.")
 
 
 def image_path(image: Path, root: str | None) -> Path:
@@ -32,6 +34,7 @@ def image_path(image: Path, root: str | None) -> Path:
     return places.images("/images") / image if len(image.parts) == 1 else image
 
 
+@app.command("make")
 def image_make(  # noqa: PLR0913, PLR0917 - the options of the subcommand
     image: Image,
     kernel: Annotated[Path, typer.Option(help="The kernel; PCR 4 measures it.")],
@@ -54,6 +57,7 @@ def image_make(  # noqa: PLR0913, PLR0917 - the options of the subcommand
     print_line(str(path))
 
 
+@app.command("show")
 def image_show(image: Image, as_json: Json = False, root: Root = None) -> None:
     """Show what an image boots, and the digests that its loader will extend."""
     from daemons.guest.boot_image import BootImage  # noqa: PLC0415

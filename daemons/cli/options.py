@@ -1,4 +1,4 @@
-"""Options that every subcommand takes, and the way from them to the launcher."""
+"""What every subcommand is declared with, and the way from its options to the launcher."""
 
 from __future__ import annotations
 
@@ -27,6 +27,22 @@ Root = Annotated[
         "~/.local/state/vtpm for others.",
     ),
 ]
+
+
+def new_app(**settings: Any) -> typer.Typer:  # noqa: ANN401 - passed through
+    """A subcommand, or a group of them.
+
+    Plain help: rich would cost more than the whole of `vtpm list`.
+    """
+    return typer.Typer(
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        add_completion=False,
+        no_args_is_help=True,
+        **settings,
+    )
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Domain = Annotated[str, typer.Argument(metavar="DOMAIN", help="Name or domid.")]
 Domains = Annotated[list[str], typer.Argument(metavar="DOMAIN...", help="Names or domids.")]

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import TYPE_CHECKING, Final, Protocol
 
 import typer
@@ -30,15 +29,6 @@ NV_BYTES: Final = 16
 _OWNER_READ_AND_WRITE: Final = 0x00020002
 _PCR: Final = 10
 _MEASUREMENT: Final = b"\xa5" * 20
-
-
-class Phase(StrEnum):
-    """When a sweep kills."""
-
-    COMMAND = "command"
-    FIRST_START = "first-start"
-    START = "start"
-    RECOVERY = "recovery"
 
 
 class TooLongError(Exception):

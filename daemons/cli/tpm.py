@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from daemons.cli.guests import tpm0_of
-from daemons.cli.options import Json, Root
+from daemons.cli.options import Json, Root, new_app
 from daemons.cli.output import print_json, print_line
 from daemons.errors import ExitCode, Failure
 
@@ -37,6 +37,9 @@ _NV_INDEX_MAX: Final = 0xFFFFFFFF
 _PUBLIC_OWNER_RIGHTS: Final = 0x00020002  # OWNERREAD and OWNERWRITE
 
 
+app = new_app(name="tpm", help="A guest's TPM: common commands.")
+
+
 class Presence(StrEnum):
     """Whether a person is at the platform."""
 
@@ -44,6 +47,7 @@ class Presence(StrEnum):
     OFF = "off"
 
 
+@app.callback()
 def select(
     context: typer.Context,
     guest: Annotated[str, typer.Argument(metavar="GUEST", help="A guest, or a socket's path.")],
@@ -53,6 +57,7 @@ def select(
     context.obj = (guest, root)
 
 
+@app.command()
 def version(context: typer.Context, *, as_json: Json = False) -> None:
     """Show maker, version and limits."""
     from protocol.constants import CapabilityArea, CapabilityProperty  # noqa: PLC0415
@@ -73,6 +78,7 @@ def version(context: typer.Context, *, as_json: Json = False) -> None:
     _show(found, as_json=as_json)
 
 
+@app.command()
 def selftest(context: typer.Context) -> None:
     """Let the TPM test itself."""
     from protocol.constants import Ordinal  # noqa: PLC0415
@@ -82,6 +88,7 @@ def selftest(context: typer.Context) -> None:
         print_line(tpm.call(Ordinal.GET_TEST_RESULT).out_data.decode("ascii", "replace").strip())
 
 
+@app.command()
 def pcr_read(
     context: typer.Context,
     indices: Annotated[list[int] | None, typer.Argument(metavar="[PCR...]", min=0, max=23)] = None,
@@ -94,6 +101,7 @@ def pcr_read(
     _show({str(i): value for i, value in values.items()}, as_json=as_json)
 
 
+@app.command()
 def extend(
     context: typer.Context,
     pcr: Pcr,
@@ -108,6 +116,7 @@ def extend(
         print_line(tpm.extend(pcr, measured).hex())
 
 
+@app.command()
 def random(context: typer.Context, count: Size) -> None:
     """Print random bytes of the TPM in hex."""
     drawn = b""
@@ -117,6 +126,7 @@ def random(context: typer.Context, count: Size) -> None:
     print_line(drawn.hex())
 
 
+@app.command()
 def takeownership(
     context: typer.Context, owner_auth: OwnerAuth = WELL_KNOWN, srk_auth: Auth = WELL_KNOWN
 ) -> None:
@@ -125,12 +135,14 @@ def takeownership(
         tpm.take_ownership(_secret(owner_auth), _secret(srk_auth))
 
 
+@app.command()
 def clear(context: typer.Context, owner_auth: OwnerAuth = WELL_KNOWN) -> None:
     """Remove the owner and everything that hangs on it."""
     with _tpm(context) as tpm:
         tpm.owner_clear(_secret(owner_auth))
 
 
+@app.command()
 def presence(
     context: typer.Context,
     state: Annotated[
@@ -142,6 +154,7 @@ def presence(
         _say_presence(tpm, is_there=state is Presence.ON)
 
 
+@app.command()
 def enable(context: typer.Context) -> None:
     """Switch on a TPM that was cleared, as a person at its platform would."""
     from protocol.constants import Ordinal  # noqa: PLC0415
@@ -155,6 +168,7 @@ def enable(context: typer.Context) -> None:
             _say_presence(tpm, is_there=False)
 
 
+@app.command()
 def seal(
     context: typer.Context,
     source: Annotated[Path, typer.Argument(metavar="FILE", help="At most 149 bytes.")],
@@ -175,6 +189,7 @@ def seal(
     _write(blob, encode(sealed))
 
 
+@app.command()
 def unseal(
     context: typer.Context,
     blob: Annotated[Path, typer.Argument(metavar="BLOB")],
@@ -203,6 +218,7 @@ def unseal(
     _write(target, secret)
 
 
+@app.command()
 def nv_define(
     context: typer.Context, index: Index, size: Size, owner_auth: OwnerAuth = WELL_KNOWN
 ) -> None:
@@ -213,6 +229,7 @@ def nv_define(
         )
 
 
+@app.command()
 def nv_write(
     context: typer.Context,
     index: Index,
@@ -224,6 +241,7 @@ def nv_write(
         tpm.nv_write_value(_index(index), _read(source), owner_auth=_secret(owner_auth))
 
 
+@app.command()
 def nv_read(
     context: typer.Context, index: Index, size: Size, owner_auth: OwnerAuth = WELL_KNOWN
 ) -> None:
@@ -238,24 +256,6 @@ def _say_presence(tpm: TpmClient, *, is_there: bool) -> None:
 
     for value in (_CMD_ENABLE, _PRESENT if is_there else _NOTPRESENT):
         tpm.call(Ordinal.TSC_PHYSICAL_PRESENCE, physical_presence=value)
-
-
-COMMANDS: Final = (
-    version,
-    selftest,
-    pcr_read,
-    extend,
-    random,
-    takeownership,
-    clear,
-    presence,
-    enable,
-    seal,
-    unseal,
-    nv_define,
-    nv_write,
-    nv_read,
-)
 
 
 @contextmanager

@@ -5,22 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Final, TypeVar
 
 from daemons.faults.plan import Kind, Place
+from daemons.faults.sweep_kinds import PointKind
 from daemons.places import CHIP_NAME
 
 T = TypeVar("T")
-
-
-class PointKind(StrEnum):
-    """What a sweep goes through."""
-
-    RING = "ring"
-    DISK = "disk"
-    TIS = "tis"
-    ALL = "all"
 
 
 VTPM: Final = "vtpm-guest1"

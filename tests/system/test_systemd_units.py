@@ -157,7 +157,8 @@ def test_the_page_of_the_command_has_every_subcommand(destdir):
 
 
 def _subcommands(group, before=()):
-    for name, command in group.commands.items():
+    for name in group.list_commands(None):
+        command = group.get_command(None, name)
         words = (*before, name)
         if hasattr(command, "commands"):
             yield from _subcommands(command, words)
