@@ -3,6 +3,7 @@
 | Words | What |
 |---|---|
 | generate DIR | drop-ins from the config files; run by systemd itself |
+| setup | run directories of the chip and the manager |
 | setup NAME | user and run directory of a domain |
 | register ROLE NAME | before the process of a domain starts |
 | forget ROLE NAME | after it has ended |
@@ -52,9 +53,12 @@ def _run(options: argparse.Namespace, places: Places) -> None:
 
         report(generate(places, options.directory))
     elif options.what == "setup":
-        from daemons.systemd.setting_up import set_up  # noqa: PLC0415
+        from daemons.systemd.setting_up import set_up, set_up_daemons  # noqa: PLC0415
 
-        set_up(places, options.name)
+        if options.name is None:
+            set_up_daemons(places)
+        else:
+            set_up(places, options.name)
     elif options.what == "reload":
         from daemons.systemd.reloading import reload  # noqa: PLC0415
 
@@ -79,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("directory", type=Path)
     generate.add_argument("others", nargs="*", help="what systemd passes too; not used")
     setup = ways.add_parser("setup", help="make the user and the directory of a domain")
-    setup.add_argument("name")
+    setup.add_argument("name", nargs="?", help="the chip and the manager, if it is left out")
     ways.add_parser("power-on", help="power the platform on and measure it")
     ways.add_parser("reload", help="let the daemon with MAINPID read its log level again")
     for what, told in (("register", "before a process starts"), ("forget", "after it has ended")):

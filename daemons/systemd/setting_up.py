@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Final
 
 from daemons.errors import ExitCode, Failure
-from daemons.places import Places
-from daemons.systemd.domain_files import check_name, user_of
+from daemons.places import CHIP_NAME, Places
+from daemons.systemd.domain_files import MANAGER_NAME, check_name, user_of
 from daemons.systemd.registering import uid_of
 from daemons.systemd.run_state import READERS_GROUP
 
@@ -40,6 +40,25 @@ def set_up(places: Places, name: str) -> None:
             next_step="Look at what it says above",
             exit_code=ExitCode.IO_ERROR,
         )
+    _give_run_directory(places, name)
+
+
+def set_up_daemons(places: Places) -> None:
+    """Make the run directories of the chip and the manager, whose users are there.
+
+    systemd-tmpfiles makes them at each boot. Right after installing it runs in a sandbox, and gives
+    a directory away before it sets its mode.
+
+    Raises:
+        Failure: Something else stands there, or a user is missing.
+    """
+    places.run.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
+    places.run.chmod(DIRECTORY_MODE)
+    for name in (CHIP_NAME, MANAGER_NAME):
+        _give_run_directory(places, name)
+
+
+def _give_run_directory(places: Places, name: str) -> None:
     uid = uid_of(name)
     give_directory(places.domain(name).directory, uid, pwd.getpwuid(uid).pw_gid)
 

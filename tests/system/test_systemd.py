@@ -65,6 +65,8 @@ def test_the_target_brings_up_the_whole_stack(stack):
     assert status["chip"]["state"] == "running"
     assert status["chip"]["is_powered"]
     assert all(row["explained"] in {True, None} for row in stack.vtpm_json("pcrs", "hwtpm"))
+    failed = stack.systemctl("list-units", "--failed", "--plain", "--no-legend")
+    assert failed == "", stack.journal()
     measured = stack.vtpm_json("pcrs", "guest1")
     assert [row["explained"] for row in measured if row["pcr"] in {4, 5}] == [True, True]
 
