@@ -228,9 +228,13 @@ def _not_opened(path: Path, error: OSError) -> Failure:
     elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         why, code = (error.strerror or "not allowed").lower(), ExitCode.NO_PERMISSION
         next_step = f"Its owner must be able to write it: ls -l {path}"
+    elif error.errno in (errno.EISDIR, errno.ENOTDIR, errno.ENXIO):
+        # A directory, a path through a file, a socket: not an image now, and not at another try.
+        why, code = (error.strerror or str(error)).lower(), ExitCode.CONFIGURATION
+        next_step = "The image must be a regular file or a block device."
     else:
         why, code = (error.strerror or str(error)).lower(), ExitCode.IO_ERROR
-        next_step = "The image must be a regular file or a block device."
+        next_step = "Look at its file system, then start it again."
     return Failure(f"cannot open image {path}", why=why, next_step=next_step, exit_code=code)
 
 

@@ -26,6 +26,7 @@ import hashlib
 import importlib.util
 import os
 import re
+import stat
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -258,9 +259,15 @@ def _home(package: str) -> Path:
 
 def _content(subject: str, path: Path) -> bytes:
     try:
-        if path.stat().st_size > FILE_BYTES_MAX:
-            raise _cannot_measure(subject, f"{path} has more than {FILE_BYTES_MAX} bytes")
-        return path.read_bytes()
+        # O_NONBLOCK: a FIFO in its place must not hold us up.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise _cannot_measure(subject, f"{path} is not a regular file")
+            if status.st_size > FILE_BYTES_MAX:
+                raise _cannot_measure(subject, f"{path} has more than {FILE_BYTES_MAX} bytes")
+            return file.read()
     except OSError as error:
         raise _cannot_measure(subject, f"{path}: {error.strerror}") from error
 

@@ -45,6 +45,8 @@ FINAL_EXITS = frozenset(
     }
 )
 """Exit statuses that another start cannot change."""
+_REFUSALS = FINAL_EXITS | {ExitCode.UNAVAILABLE, ExitCode.IO_ERROR}
+"""And those that it may change: all that come with a reason."""
 
 
 class Changes:
@@ -385,6 +387,8 @@ class Supervisor:
                     why=f"it died {self._deaths_in_a_row} times in a row,"
                     f" the last time: {self.reason}",
                     next_step=f"Look at its log, then: vtpm reboot {self.name}",
+                    # Its own, where it refused: whoever waits is told what kind of trouble it is.
+                    exit_code=ExitCode(status) if status in _REFUSALS else ExitCode.FAILED,
                 )
             )
 

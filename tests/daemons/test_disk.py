@@ -80,10 +80,10 @@ def test_fifo_does_not_hang_and_is_refused(tmp_path: Path):
 
 
 def test_directory_and_socket_are_refused(tmp_path: Path):
-    assert refusal(tmp_path).exit_code == ExitCode.IO_ERROR
+    assert refusal(tmp_path).exit_code == ExitCode.CONFIGURATION
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "socket"))
-        assert refusal(tmp_path / "socket").exit_code == ExitCode.IO_ERROR
+        assert refusal(tmp_path / "socket").exit_code == ExitCode.CONFIGURATION
 
 
 @pytest.mark.parametrize("mode", [0o666, 0o664, 0o646])

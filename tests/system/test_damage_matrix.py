@@ -7,6 +7,7 @@ seed; the whole matrix runs with DAMAGE_CELLS=all (an hour), one cell with -k.
 Damage inside stores is swept finer, without processes, in `tests/daemons/test_store_damage.py`.
 """
 
+import contextlib
 import os
 import random
 import signal
@@ -100,8 +101,41 @@ class Installation:
         self.things.nv_data = changed  # what is refused has changed nothing
 
 
+class Installations:
+    """One after the other: what a cell has spoiled, the cells after it do not inherit."""
+
+    def __init__(self):
+        self._open = contextlib.ExitStack()
+        self._made = None
+
+    @contextlib.contextmanager
+    def one(self):
+        """The one that there is, or a new one."""
+        if self._made is None:
+            self._made = self._open.enter_context(new_installation())
+        try:
+            yield self._made
+        except BaseException:
+            with contextlib.suppress(Exception):  # what it was that failed is told below
+                self._made.be_down()
+            self.close()
+            raise
+
+    def close(self):
+        """End it."""
+        self._made = None
+        self._open.close()
+
+
 @pytest.fixture(scope="module")
-def installation():
+def installations():
+    made = Installations()
+    yield made
+    made.close()
+
+
+@contextlib.contextmanager
+def new_installation():
     with scratch_stack() as stack:
         stack.make_images()
         for guest in (GUEST1, GUEST2):
@@ -198,8 +232,12 @@ def boots_something_else(made, kind):
     return False
 
 
-def test_damage_is_refused_or_does_not_matter(installation, seed, cell):
-    state, kind, damage = cell
+def test_damage_is_refused_or_does_not_matter(installations, seed, cell):
+    with installations.one() as installation:
+        put_to_the_test(installation, seed, *cell)
+
+
+def put_to_the_test(installation, seed, state, kind, damage):
     stack, file = installation.stack, FILES[kind]
     installation.be_up()
     with stack.tpm(GUEST1) as tpm:

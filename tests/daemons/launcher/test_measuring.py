@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
@@ -90,10 +91,10 @@ def test_program_that_is_none_is_a_failure():
 
 @pytest.mark.usefixtures("installed")
 def test_program_with_an_unreadable_file_is_a_failure(monkeypatch):
-    def fails(_path):
+    def fails(_path, _flags):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_bytes", fails)
+    monkeypatch.setattr(measuring.os, "open", fails)
     with pytest.raises(Failure, match="Permission denied"):
         measure_program("toyd")
 
@@ -153,6 +154,13 @@ def test_files_one_that_cannot_be_read_is_a_failure(tmp_path):
     for path in (tmp_path / "policy.toml", tmp_path):
         with pytest.raises(Failure, match="cannot measure the policy"):
             measure_files("policy", {"policy.toml": path})
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["a FIFO", "a directory"])
+def test_files_one_that_is_no_file_is_a_failure(tmp_path, make):
+    make(tmp_path / "policy")
+    with pytest.raises(Failure, match="cannot measure the policy"):
+        measure_files("policy", {"policy": tmp_path / "policy"})
 
 
 def test_runtime_has_the_interpreter_and_the_libraries():

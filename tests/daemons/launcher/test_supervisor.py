@@ -241,6 +241,26 @@ async def test_dead_process_is_started_again_with_growing_pauses_up_to_the_limit
         assert len(stage.processes) == 5
 
 
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [
+        (ExitCode.IO_ERROR, ExitCode.IO_ERROR),
+        (ExitCode.UNAVAILABLE, ExitCode.UNAVAILABLE),
+        (ExitCode.BUG, ExitCode.FAILED),
+        (-signal.SIGSEGV, ExitCode.FAILED),
+    ],
+)
+async def test_who_waits_for_what_cannot_run_is_told_the_kind_of_its_trouble(
+    autojump_clock, status, code
+):
+    async with staged() as stage:
+        for starts in range(1, LIMITS.restarts_max + 2):
+            await stage.ready(starts)
+            stage.process.end(status)
+        await stage.until(State.FAILED)
+        assert stage.supervisor.failure.exit_code is code
+
+
 async def test_nothing_that_a_killed_process_logged_is_taken_for_the_reason(autojump_clock):
     async with staged() as stage:
         await stage.ready(1)
