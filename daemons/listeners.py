@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import grp
 import os
 import select
 import socket
@@ -346,7 +347,7 @@ def _connect_failure(path: Path, error: OSError) -> Failure:
         return Failure(
             what,
             why=f"user {os.geteuid()} may not reach it",
-            next_step="Run as the user that started the stack.",
+            next_step=_who_may_connect(path),
             exit_code=ExitCode.NO_PERMISSION,
         )
     if error.errno == errno.EAGAIN:
@@ -369,6 +370,15 @@ def _connect_failure(path: Path, error: OSError) -> Failure:
         next_step="Check the path and its directory.",
         exit_code=ExitCode.UNAVAILABLE,
     )
+
+
+def _who_may_connect(path: Path) -> str:
+    with contextlib.suppress(OSError, KeyError):
+        status = path.stat()
+        if status.st_mode & stat.S_IWGRP:
+            group = grp.getgrgid(status.st_gid).gr_name
+            return f"Run as a member of the group {group}: usermod --append --groups {group} USER"
+    return "Run as the user that started the stack."
 
 
 # -- listening -----------------------------------------------------------------------------------

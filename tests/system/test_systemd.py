@@ -175,6 +175,13 @@ def test_a_stranger_does_not_read_a_file(stack, user, path):
     assert "Permission denied" in tried.stderr
 
 
+def test_who_may_not_use_a_tpm_is_told_how_he_may(stack):
+    words = ("vtpm", "tpm", "/run/vtpm/guest1/tpm0", "pcr-read", "4")
+    said = stack.run(*words, as_user="vtpm_guest2", status=77).stderr
+    assert "usermod --append --groups vtpm_guest1" in said
+    assert stack.run(*words, as_user="vtpm_guest1").stdout.startswith("4 ")
+
+
 def test_each_domain_has_a_user_of_its_own(stack):
     owners = {
         stack.run("stat", "--format=%u", f"/proc/{stack.pid(unit)}").stdout for unit in SERVICES
