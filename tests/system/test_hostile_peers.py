@@ -4,7 +4,7 @@ What each attack is, is in `tests/soak/hostile_peers.py`: half-open connections,
 kicks without a handshake, wrong states, repeated and skipped numbers, floods, unread answers,
 peers that vanish in a command. A program in the guest checks each answer that it gets meanwhile;
 afterwards all serve as before, and nobody has kept a descriptor or a thread. How much slower others
-are meanwhile is told by `python -m tests.soak`.
+are meanwhile is told by `python -m tests.soak.latency`.
 """
 
 import contextlib
