@@ -2,6 +2,7 @@
 
     vtpm simulator --state DIR --socket PATH
         [--journal] [--no-ek] [--ephemeral] [--seed N] [--fail-self-test]
+        [--clients-max N] [--stall SECONDS]
 
 Same engine, same store and same promises as the hardware TPM: permanent state is synced into
 DIR/tpm.nv before a command is answered. One or many clients; each command runs whole.
@@ -32,11 +33,11 @@ from daemons.chip_memory import ChipMemory
 from daemons.durable_tpm import DurableTpm, PermanentStore
 from daemons.errors import ExitCode, Failure
 from daemons.fair_lock import FairLock
-from daemons.guest.tpm0_stream import Tpm0Stream
+from daemons.guest.tpm0_stream import STALL_S, Tpm0Stream
 from daemons.journal import remove_journal
 from daemons.listeners import Kind, listen, steady_directory
 from daemons.sd_notify import Notifier
-from daemons.thread_service import STOPS, Signals, ThreadService
+from daemons.thread_service import CLIENTS_MAX, STOPS, Signals, ThreadService
 from daemons.volatile_memory import VolatileMemory
 from daemons.world import SeededRng
 from protocol.constants import Ordinal
@@ -64,6 +65,10 @@ class Options:
     has_journal: bool = False
     seed: int | None = None
     fails_self_test: bool = False
+    clients_max: int = CLIENTS_MAX
+    """Connections at a time; more are closed at once."""
+    stall_s: float = STALL_S
+    """How long a client may stop inside a command, or not read."""
 
 
 class EphemeralStore:
@@ -269,9 +274,9 @@ def _run(options: Options, signals: Signals) -> None:
             exit_code=ExitCode.CONFIGURATION,
         )
     simulator = open_simulator(options)
-    stream = Tpm0Stream(simulator.exchange, _tell_unanswered, _tell_tpm2)
+    stream = Tpm0Stream(simulator.exchange, _tell_unanswered, _tell_tpm2, stall_s=options.stall_s)
     listener = listen(options.socket, Kind.STREAM, open_directory=steady_directory)
-    service = ThreadService(listener, stream.serve, _log)
+    service = ThreadService(listener, stream.serve, _log, clients_max=options.clients_max)
     _log(
         "info",
         "serving a TPM 1.2" + (", gone on where a killed one was" if simulator.is_resumed else ""),

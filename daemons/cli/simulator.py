@@ -31,6 +31,13 @@ def parser(program: str) -> argparse.ArgumentParser:
         help="The same TPM in every run. Not for secrets.",
     )
     add("--fail-self-test", action="store_true", help="Be broken: go into failure mode.")
+    add("--clients-max", metavar="N", type=int, help="Connections at a time; else 64.")
+    add(
+        "--stall",
+        metavar="SECONDS",
+        type=float,
+        help="How long a client may stop inside a command; else 60.",
+    )
     return options
 
 
@@ -51,8 +58,13 @@ def _run(chosen: argparse.Namespace, refuse: Callable[[str], Any]) -> int:
         refuse("--journal: an ephemeral TPM has no memory to go on with")
     if chosen.journal and chosen.fail_self_test:
         refuse("--fail-self-test: a broken TPM has nothing to go on with, leave --journal out")
+    for option, limit in (("--clients-max", chosen.clients_max), ("--stall", chosen.stall)):
+        if limit is not None and not limit > 0:
+            refuse(f"{option}: {limit} is not above 0")
+    limits = {"clients_max": chosen.clients_max, "stall_s": chosen.stall}
     return run_simulator(
         Options(
+            **{name: limit for name, limit in limits.items() if limit is not None},
             state=chosen.state or Path(),
             socket=chosen.socket.absolute(),
             has_ek=not chosen.no_ek,

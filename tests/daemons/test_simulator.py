@@ -18,6 +18,7 @@ from tpm12.client import TpmClient
 
 VTPM = Path(sys.executable).with_name("vtpm")
 READY_S = 30.0
+PCR_READ = bytes.fromhex("00c10000000e0000001500000000")
 
 
 @pytest.fixture
@@ -199,3 +200,45 @@ def test_to_keep_nothing_and_go_on_is_refused(folder):
     done = refused(folder, "--ephemeral", "--journal")
     assert done.returncode == 2
     assert "no memory to go on with" in done.stderr
+
+
+@pytest.mark.parametrize("options", [["--clients-max", "0"], ["--stall", "0"], ["--stall", "x"]])
+def test_limit_that_is_none_is_refused(folder, options):
+    command = [str(VTPM), "simulator", "--socket", str(folder / "sock"), "--ephemeral", *options]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert options[0] in ended.stderr
+
+
+def is_served(connection):
+    try:
+        connection.sendall(PCR_READ)
+        return len(connection.recv(4096)) == 30
+    except ConnectionError:
+        return False
+
+
+def test_no_more_clients_than_it_was_told(folder):
+    with running(folder, "--ephemeral", "--clients-max", "1"), contextlib.ExitStack() as opened:
+        end = time.monotonic() + READY_S
+        while True:  # until whoever looked whether it listens has gone
+            first = opened.enter_context(socket.socket(socket.AF_UNIX))
+            first.connect(str(folder / "sock"))
+            if is_served(first):
+                break
+            assert time.monotonic() < end
+        with socket.socket(socket.AF_UNIX) as second:
+            second.connect(str(folder / "sock"))
+            assert not is_served(second)
+        assert is_served(first)
+
+
+def test_client_that_stops_inside_a_command_is_closed_when_it_was_told(folder):
+    with running(folder, "--ephemeral", "--stall", "0.2"):
+        with socket.socket(socket.AF_UNIX) as slow:
+            slow.settimeout(30)
+            slow.connect(str(folder / "sock"))
+            slow.sendall(b"\x00\xc1")
+            assert slow.recv(1) == b""
+        with client(folder) as tpm:
+            tpm.pcr_read(0)
