@@ -71,6 +71,7 @@ class PosixDisk:
         try:
             _check_image(path, os.fstat(self._descriptor), os.geteuid())
             _lock_image(path, self._descriptor)
+            self._opened = os.fstat(self._descriptor)
             self._size = os.lseek(self._descriptor, 0, os.SEEK_END)
             self._forget_cached_pages()
         except BaseException:
@@ -100,10 +101,12 @@ class PosixDisk:
         """Write all of `data` at `offset`, inside the image.
 
         Raises:
-            OSError: ENOSPC when it would reach past the end, or as the kernel says.
+            OSError: ENOSPC when it would reach past the end, EIO when the image is no longer what
+                the next process would open, or as the kernel says.
         """
         if offset + len(data) > self._size:
             raise OSError(errno.ENOSPC, "past the end of the image", self.name)
+        self._check_still_there()
         rest = memoryview(data)
         while rest:
             written = os.pwrite(self._descriptor, rest, offset)
@@ -118,6 +121,15 @@ class PosixDisk:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+    def _check_still_there(self) -> None:
+        # What is written must be found by the next process: not in a file that was put aside, or in
+        # one that was cut off, of which only a part would come back.
+        now = self._path.stat(follow_symlinks=False)
+        if not os.path.samestat(now, self._opened):
+            raise OSError(errno.EIO, "another file stands in its place", self.name)
+        if now.st_size < self._opened.st_size:
+            raise OSError(errno.EIO, "it was cut off while it was in use", self.name)
 
     def _forget_cached_pages(self) -> None:
         # A process before us may have died, or seen a sync fail, with pages in the kernel's cache

@@ -66,6 +66,31 @@ def test_missing_image_is_told_with_the_command_that_makes_it(tmp_path: Path):
     assert not (tmp_path / "none.img").exists()
 
 
+def cut_off(image):
+    os.truncate(image, image.stat().st_size - 1)
+
+
+def put_aside(image):
+    image.rename(image.with_name("aside"))
+
+
+def replaced(image):
+    content = image.read_bytes()
+    put_aside(image)
+    image.write_bytes(content)
+
+
+@pytest.mark.parametrize("change", [cut_off, put_aside, replaced])
+def test_what_the_next_process_would_not_find_is_not_written(image: Path, change):
+    disk = PosixDisk(image)
+    disk.write(0, b"before")
+    change(image)
+    with pytest.raises(OSError, match=r"stands in its place|was cut off|No such file"):
+        disk.write(0, b"after!")
+    assert disk.read(0, 6) == b"before"
+    disk.close()
+
+
 def test_symbolic_link_is_not_followed(image: Path, tmp_path: Path):
     link = tmp_path / "link.img"
     link.symlink_to(image)

@@ -29,12 +29,14 @@ class StoredFile:
         owner: Whose restart reads it.
         states: In which states of the stack it is there.
         other: The same kind of file of another domain.
+        is_written: By the stack; else only people write it.
     """
 
     where: Where
     owner: str
     states: tuple[str, ...] = (DOWN, RESTARTING, RUNNING)
     other: Where | None = None
+    is_written: bool = True
 
 
 _RUN: Final = (RESTARTING, RUNNING)
@@ -57,11 +59,18 @@ FILES: Final[dict[str, StoredFile]] = {
         lambda stack: stack.image(VTPM1), VTPM1, other=lambda stack: stack.image(VTPM2)
     ),
     "guest image": StoredFile(
-        lambda stack: stack.image(GUEST1), GUEST1, other=lambda stack: stack.image(VTPM2)
+        lambda stack: stack.image(GUEST1),
+        GUEST1,
+        other=lambda stack: stack.image(VTPM2),
+        is_written=False,
     ),
-    "settings": StoredFile(lambda stack: stack.places.settings("launcherd"), LAUNCHER),
-    "policy": StoredFile(lambda stack: stack.places.policy, LAUNCHER),
-    "manager settings": StoredFile(lambda stack: stack.places.settings("vtpmmgrd"), MANAGER),
+    "settings": StoredFile(
+        lambda stack: stack.places.settings("launcherd"), LAUNCHER, is_written=False
+    ),
+    "policy": StoredFile(lambda stack: stack.places.policy, LAUNCHER, is_written=False),
+    "manager settings": StoredFile(
+        lambda stack: stack.places.settings("vtpmmgrd"), MANAGER, is_written=False
+    ),
     "chip journal": StoredFile(_of(CHIP, "journal"), CHIP, _RUN, _of(VTPM1, "journal")),
     "vTPM journal": StoredFile(_of(VTPM1, "journal"), VTPM1, _RUN, _of(VTPM2, "journal")),
     "manager journal": StoredFile(_of(MANAGER, "journal"), MANAGER, _RUN, _of(VTPM2, "journal")),
