@@ -114,7 +114,7 @@ def guest_reports(domain: str, root: str | None) -> list[PcrReport]:
     directory = places_of(root).domain(name).directory
     try:
         measured = read_measurements(directory)
-    except ValueError as error:
+    except (ValueError, PermissionError) as error:
         raise Failure(
             f"cannot read what {name} measured",
             why=f"{directory / 'measurements.json'}: {error}",

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -75,13 +76,24 @@ def read_measurements(directory: Path) -> list[Measurement]:
     """Read the list of a guest's run directory; empty when there is none.
 
     Raises:
-        ValueError: The file is not what `write_measurements` writes.
+        ValueError: What stands there is not what `write_measurements` writes.
+        PermissionError: Its user is another one.
     """
+    # The directory is the guest's, and whoever reads here may be root: a link leads nowhere, and a
+    # FIFO holds nobody up.
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        with (directory / FILE_NAME).open("rb") as file:
+        descriptor = os.open(directory / FILE_NAME, flags)
+        with os.fdopen(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise ValueError("not a regular file")
             data = file.read(FILE_BYTES_MAX + 1)
     except FileNotFoundError:
         return []
+    except PermissionError:
+        raise
+    except OSError as error:
+        raise ValueError(error.strerror or str(error)) from error
     if len(data) > FILE_BYTES_MAX:
         raise ValueError(f"more than {FILE_BYTES_MAX} bytes")
     try:

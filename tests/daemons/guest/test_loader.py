@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import struct
 import tarfile
 
@@ -19,6 +20,7 @@ from daemons.guest.loader import (
     measure,
 )
 from daemons.guest.measurements import (
+    FILE_NAME,
     Measurement,
     forget_measurements,
     read_measurements,
@@ -213,3 +215,16 @@ def test_measurement_of_the_tests_is_a_good_one(tmp_path):
     text = json.dumps({"format": 1, "events": [a_measurement()]})
     (tmp_path / "measurements.json").write_text(text)
     assert read_measurements(tmp_path) == [Measurement(**a_measurement())]
+
+
+def a_link(path):
+    path.symlink_to(path.with_name("elsewhere"))
+    path.with_name("elsewhere").write_text("{}")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, a_link], ids=["FIFO", "folder", "link"])
+def test_measurements_something_else_in_their_place_is_refused(tmp_path, make):
+    """The directory is the guest's, and root reads there: nobody hangs, no link is followed."""
+    make(tmp_path / FILE_NAME)
+    with pytest.raises(ValueError, match=r"not a regular|s a directory|levels of symbolic"):
+        read_measurements(tmp_path)
