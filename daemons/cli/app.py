@@ -43,7 +43,7 @@ SUBCOMMANDS: Final = {
     "exec": "guests:exec_in_guest",
     "shell": "guests:shell",
     "pcrs": "pcrs:show_pcrs",
-    "simulator": "simulator:as_typer_command",
+    "simulator": "simulator_command:simulator",
     "demo": "demo:demo",
     "crashsweep": "crashsweep:crashsweep",
     "fault": "fault:app",
@@ -81,8 +81,6 @@ def _declared(name: str) -> Any:  # noqa: ANN401 - as above
     """A subcommand as the library has it."""
     module, _, attribute = SUBCOMMANDS[name].partition(":")
     found = getattr(import_module(f"daemons.cli.{module}"), attribute)
-    if name == "simulator":  # which has a parser of its own, and is mostly begun without this table
-        found = found()
     if isinstance(found, typer.Typer):
         return typer.main.get_command(found)
     alone = new_app()

@@ -1,16 +1,16 @@
 """`vtpm simulator`: the engine alone, on a socket.
 
 Its options are declared once, for argparse, so that the simulator can be started without typer;
-for `vtpm --help` and `vtpm --root DIR simulator` the table of subcommands has them from there.
+for `vtpm --help` and `vtpm --root DIR simulator` the table of subcommands has them from there
+(`simulator_command.py`).
 """
 
 from __future__ import annotations
 
 import argparse
-import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Any
 
 SUMMARY = "Serve one TPM 1.2 on a stream socket until SIGTERM. SIGHUP is a power cycle."
 
@@ -44,10 +44,16 @@ def parser(program: str) -> argparse.ArgumentParser:
 def main(arguments: Sequence[str], program: str) -> int:
     """Run the simulator with these arguments; its exit status."""
     options = parser(program)
-    return _run(options.parse_args(arguments), options.error)
+    return run(options.parse_args(arguments), options.error)
 
 
-def _run(chosen: argparse.Namespace, refuse: Callable[[str], Any]) -> int:
+def run(chosen: argparse.Namespace, refuse: Callable[[str], Any]) -> int:
+    """Run the simulator as was chosen; its exit status.
+
+    Args:
+        chosen: Of the options.
+        refuse: Called with what is wrong with them; does not return.
+    """
     from daemons.simulator import Options, run_simulator  # noqa: PLC0415 - slow to import
 
     if chosen.state is None and not chosen.ephemeral:
@@ -74,36 +80,3 @@ def _run(chosen: argparse.Namespace, refuse: Callable[[str], Any]) -> int:
             fails_self_test=chosen.fail_self_test,
         )
     )
-
-
-def as_typer_command() -> Callable[..., None]:
-    """The same, as typer wants it: a function whose parameters are the options."""
-    import typer  # noqa: PLC0415 - only the table of subcommands asks for this
-
-    def refuse(reason: str) -> None:
-        raise typer.BadParameter(reason)
-
-    def simulator(**chosen: object) -> None:
-        raise typer.Exit(_run(argparse.Namespace(**chosen), refuse))
-
-    parameters = []
-    for option in parser("vtpm simulator")._actions[1:]:  # noqa: SLF001 - the first is --help
-        kind: Any = option.type or bool
-        default = inspect.Parameter.empty if option.required else option.default
-        declared = typer.Option(
-            *option.option_strings, metavar=str(option.metavar or ""), help=option.help
-        )
-        typed = kind if option.required or kind is bool else kind | None
-        annotation = cast("Any", Annotated)[typed, declared]
-        parameters.append(
-            inspect.Parameter(
-                option.dest,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=default,
-                annotation=annotation,
-            )
-        )
-    simulator.__doc__ = SUMMARY
-    simulator.__annotations__ = {p.name: p.annotation for p in parameters}
-    vars(simulator)["__signature__"] = inspect.Signature(parameters)
-    return simulator

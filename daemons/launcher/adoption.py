@@ -119,10 +119,12 @@ def find_old_stack(places: Places) -> OldStack | None:
     Raises:
         Failure: Something of it is damaged. Nothing was touched, and what serves goes on serving.
     """
-    registry = Registry(places.registry)
-    chip = registry.get(CHIP_NAME)
-    _require_newest(places, {record.name: record for record in registry.all()})
-    others = [record for record in registry.all() if record.role not in {Role.DOMAIN0, Role.HWTPM}]
+    records = {record.name: record for record in Registry(places.registry).all()}
+    _require_newest(places, records)
+    chip = records.get(CHIP_NAME)
+    others = [
+        record for record in records.values() if record.role not in {Role.DOMAIN0, Role.HWTPM}
+    ]
     marker = read_checked(_marker(places), MARKER_BYTES_MAX)
     if marker != boot_id().hex().encode("ascii") or chip is None:
         _require_nobody(places, marker, others)
@@ -132,8 +134,7 @@ def find_old_stack(places: Places) -> OldStack | None:
         text = _config_of(places, record)
         if text is not None:
             configs[record.name] = text
-    domains = tuple(sorted(others, key=lambda record: record.domid))
-    return OldStack(chip=chip, domains=domains, configs=configs)
+    return OldStack(chip=chip, domains=tuple(others), configs=configs)
 
 
 def _require_nobody(places: Places, marker: bytes | None, others: list[DomainRecord]) -> None:

@@ -20,7 +20,7 @@ from daemons.errors import ExitCode, Failure
 from daemons.launcher.processes import is_alive
 from daemons.listeners import start_time_of
 from daemons.places import Places
-from daemons.private_files import UnsafeFile, read_checked
+from daemons.private_files import read_checked
 from daemons.registry import DomainRecord, Role
 
 READY_NAME: Final = "ready"
@@ -111,6 +111,6 @@ def _serving(places: Places, name: str) -> Serving | None:
         if said is None:
             return None
         serving = Serving(name, Role(said[1].decode("ascii")), int(said[2]), int(said[3]))
-    except (UnsafeFile, ValueError, Failure):
+    except (Failure, ValueError):
         return None
     return serving if is_alive(serving.pid, serving.start_time) else None

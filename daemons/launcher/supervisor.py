@@ -45,8 +45,8 @@ FINAL_EXITS = frozenset(
     }
 )
 """Exit statuses that another start cannot change."""
-_REFUSALS = FINAL_EXITS | {ExitCode.UNAVAILABLE, ExitCode.IO_ERROR}
-"""And those that it may change: all that come with a reason."""
+PASSING_EXITS = frozenset({ExitCode.UNAVAILABLE, ExitCode.IO_ERROR})
+"""Those with a reason that another start may change."""
 
 
 class Changes:
@@ -388,7 +388,7 @@ class Supervisor:
                     f" the last time: {self.reason}",
                     next_step=f"Look at its log, then: vtpm reboot {self.name}",
                     # Its own, where it refused: whoever waits is told what kind of trouble it is.
-                    exit_code=ExitCode(status) if status in _REFUSALS else ExitCode.FAILED,
+                    exit_code=ExitCode(status) if status in PASSING_EXITS else ExitCode.FAILED,
                 )
             )
 
