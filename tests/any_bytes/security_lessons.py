@@ -51,7 +51,7 @@ LESSONS = {
         _CHIP_MEMORY + "open_does_not_follow_a_link",
         _LISTENERS + "lock_on_a_hard_link_is_refused",
         "daemons/manager/test_handle_journal.py::test_symbolic_link_is_not_followed",
-        ("daemons/launcher/test_domains.py"
+        ("daemons/launcher/test_take_over.py"
          "::test_launcher_that_cannot_take_over_says_why_and_disturbs_nobody"),
         "system/test_damage_matrix.py::test_damage_is_refused_or_does_not_matter",
     ),

@@ -7,194 +7,26 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
 from daemons.errors import ExitCode, Failure
-from daemons.launcher.leftovers import end_leftovers, find_leftovers
-from daemons.launcher.processes import is_alive
-from daemons.launcher_client import LauncherClient, StackNotUp
-from daemons.listeners import start_time_of
-from daemons.places import CHIP_NAME, Places
-
-FAKE_LAUNCHER = Path(__file__).parents[2] / "fakes" / "fake_launcher.py"
-DEADLINE_S = 20
-UUID = "ac0a5b9e-cbe2-4c07-b43b-1d69e46fb839"
-
-MANAGER = """
-name="vtpmmgr"
-kernel="/usr/lib/xen/boot/vtpmmgr-stubdom.gz"
-extra="tpmlocality=2"
-memory=8
-disk=["file:/images/vtpmmgr-stubdom.img,hda,w"]
-iomem=["fed42,1"]
-"""
-VTPM = f"""
-name="vtpm-guest1"
-kernel="/usr/lib/xen/boot/vtpm-stubdom.gz"
-extra="loglevel=debug"
-memory=8
-disk=["file:/images/vtpm-guest1.img,hda,w"]
-vtpm=["backend=vtpmmgr,uuid={UUID}"]
-"""
-GUEST = """
-name="guest1"
-kernel="/usr/lib/xen/boot/pv-grub-x86_64.gz"
-memory=1024
-disk=["file:/images/guest1.img,xvda,w"]
-vif=['mac=00:01:02:03:04:05,bridge=br0']
-vtpm=["backend=vtpm-guest1"]
-"""
-SETTINGS = """
-destroy_drain_s = 0.3
-backend_wait_s = 0.3
-[supervisor]
-start_s = 3.0
-drain_s = 3.0
-backoff_first_s = 0.01
-backoff_max_s = 0.05
-restarts_max = 3
-"""
-
-
-def numbered(text: str, number: int) -> str:
-    return text.replace("guest1", f"guest{number}").replace(UUID[:8], f"{number:08x}")
-
-
-class Stack:
-    """One root, its launcher, and what can be seen of it."""
-
-    def __init__(self, root: Path):
-        self.places = Places(root)
-        self.root = root
-        self.launcher: subprocess.Popen | None = None
-        (root / "behave").mkdir()
-        (root / "images").mkdir()
-        for name in ("vtpmmgr-stubdom", "vtpm-guest1", "vtpm-guest2", "guest1", "guest2"):
-            (root / "images" / f"{name}.img").write_bytes(bytes(4096))
-        self.places.prepare()
-        (root / "etc/vtpm").mkdir(parents=True)
-        (root / "etc/vtpm/launcherd.toml").write_text(SETTINGS)
-
-    # -- the launcher
-
-    def spawn_launcher(self) -> subprocess.Popen:
-        with (self.root / "launcher.log").open("ab") as log:
-            return subprocess.Popen(
-                [sys.executable, FAKE_LAUNCHER, "--root", self.root],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
-
-    def start(self) -> None:
-        self.launcher = self.spawn_launcher()
-        self.until(self.answers, "the launcher answers")
-
-    def answers(self) -> bool:
-        try:
-            with LauncherClient(self.places):
-                return True
-        except StackNotUp:
-            assert self.launcher.poll() is None, self.launcher_log()
-            return False
-
-    def launcher_log(self) -> str:
-        return (self.root / "launcher.log").read_text()
-
-    def call(self, method, progress=None, **params):
-        with LauncherClient(self.places) as client:
-            return client.call(method, progress, timeout_s=DEADLINE_S, **params)
-
-    def create(self, text, **params):
-        return self.call("create", config_text=text, path="x.cfg", **params)
-
-    def create_chain(self):
-        for text in (MANAGER, VTPM, GUEST):
-            self.create(text)
-
-    # -- what can be seen
-
-    def row(self, name: str) -> dict:
-        (row,) = [row for row in self.call("list") if row["name"] == name]
-        return row
-
-    def chip(self) -> dict:
-        return self.call("status")["chip"]
-
-    def story(self, event: str | None = None) -> list[dict]:
-        place = self.root / "story"
-        lines = place.read_text().splitlines() if place.exists() else []
-        parsed = [json.loads(line) for line in lines]
-        return [entry for entry in parsed if event is None or entry["event"] == event]
-
-    def names(self, event: str | None = None) -> list[str]:
-        return [entry["name"] for entry in self.story(event)]
-
-    def pids(self) -> list[int]:
-        return [entry["pid"] for entry in self.story("started")]
-
-    def until(self, is_so, what: str) -> None:
-        """Wait for something outside this process; there is no event to wait for."""
-        deadline = time.monotonic() + DEADLINE_S
-        while not is_so():
-            assert time.monotonic() < deadline, f"never: {what}\n{self.launcher_log()}"
-            time.sleep(0.005)
-
-    def until_state(self, name: str, state: str) -> dict:
-        self.until(lambda: self.row(name)["state"].startswith(state), f"{name} is {state}")
-        return self.row(name)
-
-    def behave(self, name: str, how: str) -> None:
-        (self.root / "behave" / name).write_text(how)
-
-    def what_is_left(self) -> list[str]:
-        """Name every process and file that should not be there after the end."""
-        pids = [f"process {pid}" for pid in self.pids() if start_time_of(pid) is not None]
-        files = [str(path) for path in self.places.run.rglob("*") if not path.is_dir()]
-        directories = [
-            str(path)
-            for path in self.places.run.iterdir()
-            if path.is_dir() and path.name != "registry"
-        ]
-        return pids + files + directories
-
-    def stop(self) -> int:
-        self.call("stop")
-        return self.launcher.wait(DEADLINE_S)
-
-
-@contextmanager
-def _stack(root):
-    stack = Stack(root)
-    try:
-        yield stack
-    finally:
-        if stack.launcher is not None and stack.launcher.poll() is None:
-            stack.launcher.kill()
-            stack.launcher.wait()
-        end_leftovers(stack.places, drain_s=0.2)
-
-
-@pytest.fixture
-def stack(tmp_path):
-    with _stack(tmp_path) as stack:
-        stack.start()
-        yield stack
-
-
-@pytest.fixture
-def down(tmp_path):
-    with _stack(tmp_path) as stack:
-        yield stack
-
-
-def kill(row: dict) -> None:
-    os.kill(row["pid"], signal.SIGKILL)
-
+from tests.daemons.launcher.fake_stack import (
+    DEADLINE_S,
+    GUEST,
+    MANAGER,
+    SETTINGS,
+    UUID,
+    VTPM,
+    create_refused,
+    fake_stack,
+    journals,
+    kill,
+    numbered,
+    refused,
+    started_again,
+    state_letter,
+)
 
 # -- the way in and out --------------------------------------------------------------------------
 
@@ -286,7 +118,7 @@ def test_second_launcher_of_a_root_is_refused_and_the_first_goes_on(stack):
 
 
 def test_two_roots_do_not_touch_each_other(stack, tmp_path_factory):
-    with _stack(tmp_path_factory.mktemp("other")) as other:
+    with fake_stack(tmp_path_factory.mktemp("other")) as other:
         other.start()
         stack.create_chain()
         other.create(MANAGER)
@@ -295,20 +127,6 @@ def test_two_roots_do_not_touch_each_other(stack, tmp_path_factory):
 
 
 # -- mistakes ------------------------------------------------------------------------------------
-
-
-def refused(stack, method, **params) -> Failure:
-    with pytest.raises(Failure) as raised:
-        stack.call(method, **params)
-    failure = raised.value
-    assert failure.what
-    assert failure.why
-    assert failure.next_step
-    return failure
-
-
-def create_refused(stack, text) -> Failure:
-    return refused(stack, "create", config_text=text, path="x.cfg")
 
 
 def test_missing_image_names_its_path_and_how_to_make_it(stack):
@@ -565,15 +383,6 @@ def test_reboot_destroys_or_preserves_where_the_config_says_so(stack, action):
 
 
 # -- what a process finds of the one before it -----------------------------------------------------
-
-
-def journals(stack, name) -> list[tuple[int, str]]:
-    return [(e["pid"], e["journal"]) for e in stack.story("started") if e["name"] == name]
-
-
-def started_again(stack, name, restarts) -> None:
-    stack.until(lambda: stack.row(name)["restarts"] == restarts, f"{name} is started again")
-    stack.until_state(name, "running")
 
 
 def fail_the_power(stack) -> None:
@@ -840,10 +649,6 @@ def test_killed_fork_server_costs_nobody_anything(stack):
 # -- pause, external guests, leftovers -----------------------------------------------------------
 
 
-def state_letter(pid: int) -> str:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-
-
 def test_paused_domain_stands_still_and_goes_on(stack):
     stack.create_chain()
     pid = stack.row("guest1")["pid"]
@@ -882,198 +687,3 @@ def test_external_guest_loses_its_tpm_when_the_tpm_is_reset(stack):
     stack.call("attach_external", config_text=GUEST, pid=os.getpid())
     stack.call("reboot", domain="vtpm-guest1")
     assert "guest1" not in [row["name"] for row in stack.call("list")]
-
-
-# -- a launcher that was killed ------------------------------------------------------------------
-
-
-def kill_launcher(stack) -> None:
-    stack.launcher.kill()
-    stack.launcher.wait()
-
-
-def test_killed_launcher_leaves_its_domains_serving_and_the_next_one_takes_them_over(stack):
-    stack.create_chain()
-    before = {row["name"]: (row["pid"], row["domid"]) for row in stack.call("list")[1:]}
-    chip = stack.chip()["pid"]
-    kill_launcher(stack)
-    assert all(is_alive(pid, start_time_of(pid)) for pid, _ in before.values())
-    mark = len(stack.story())
-    stack.start()
-    rows = stack.call("list")[1:]
-    assert {row["name"]: (row["pid"], row["domid"]) for row in rows} == before
-    assert {row["state"] for row in rows} == {"running"}
-    assert stack.chip()["pid"] == chip
-    assert [(e["name"], e["event"]) for e in stack.story()[mark:]] == [("firmware", "adopt")]
-    # What it does with them is what it does with its own.
-    kill(stack.row("vtpmmgr"))
-    started_again(stack, "vtpmmgr", 1)
-    stack.call("reboot", domain="guest1")
-    assert stack.row("guest1")["domid"] > max(domid for _, domid in before.values())
-    assert stack.stop() == 0
-    assert stack.what_is_left() == []
-
-
-def test_domain_that_died_without_a_launcher_goes_on_with_the_next(stack):
-    stack.create_chain()
-    rows = {row["name"]: row for row in stack.call("list")}
-    chip = stack.chip()
-    kill_launcher(stack)
-    for victim in (rows["vtpm-guest1"], rows["vtpmmgr"], chip):
-        kill(victim)
-    stack.start()
-    stack.until(lambda: stack.row("vtpm-guest1")["state"] == "running", "it is started")
-    assert journals(stack, "vtpm-guest1")[-1][1] == str(rows["vtpm-guest1"]["pid"])
-    assert journals(stack, "hwtpm")[-1][1] == str(chip["pid"])
-    assert stack.row("guest1")["pid"] == rows["guest1"]["pid"]
-    assert "power_on" not in [e["event"] for e in stack.story()][-4:]
-
-
-def test_paused_domain_is_paused_for_the_next_launcher(stack):
-    stack.create_chain()
-    pid = stack.row("guest1")["pid"]
-    stack.call("pause", domain="guest1")
-    stack.create(numbered(VTPM, 2), paused=True)
-    kill_launcher(stack)
-    stack.start()
-    stack.until(lambda: stack.row("guest1")["state"] == "paused", "it is paused")
-    stack.call("unpause", domain="guest1")
-    stack.until(lambda: state_letter(pid) == "S", "it goes on")
-    # One that was never started is nobody's memory.
-    assert "vtpm-guest2" not in [row["name"] for row in stack.call("list")]
-    stack.create(numbered(VTPM, 2))
-
-
-def test_domain_that_was_waiting_is_started_by_the_next_launcher(stack):
-    text = VTPM.replace("backend=vtpmmgr", "backend=other")
-    failure = create_refused(stack, text)
-    assert "waits for other" in failure.why
-    kill_launcher(stack)
-    stack.start()
-    assert stack.names("stopped") == []  # there was no power yet, so nothing is taken over
-    stack.create(MANAGER)
-    create_refused(stack, text)
-    kill_launcher(stack)
-    stack.start()
-    assert "waits for other" in stack.until_state("vtpm-guest1", "starting")["state"]
-
-
-def test_stack_whose_machine_was_booted_since_is_not_taken_over(stack):
-    stack.create_chain()
-    rows = stack.call("list")[1:]
-    kill_launcher(stack)
-    (stack.places.run / "powered").write_text("00" * 16)
-    for row in rows:  # no process outlives a boot; the chip stays, to show that it is ended
-        kill(row)
-    stack.start()
-    assert [row["name"] for row in stack.call("list")] == ["Domain-0"]
-    assert stack.names("stopped") == ["hwtpm"]
-
-
-def mark_gone(stack):
-    (stack.places.run / "powered").unlink()
-
-
-def mark_zeroed(stack):
-    (stack.places.run / "powered").write_bytes(bytes(32))
-
-
-def mark_that_is_a_fifo(stack):
-    mark_gone(stack)
-    os.mkfifo(stack.places.run / "powered", 0o600)
-
-
-def config_gone(stack):
-    stack.places.domain("vtpm-guest1").config.unlink()
-
-
-def config_of_another(stack):
-    path = stack.places.domain("vtpm-guest1").config
-    path.write_text(numbered(VTPM, 2))
-
-
-def config_cut_short(stack):
-    path = stack.places.domain("vtpm-guest1").config
-    path.write_text(path.read_text()[:40])
-
-
-def config_that_is_a_fifo(stack):
-    config_gone(stack)
-    os.mkfifo(stack.places.domain("vtpm-guest1").config, 0o600)
-
-
-def record_older(stack, name="vtpm-guest1"):
-    """As a copy from before its last start has it."""
-    ended = subprocess.Popen(["true"])
-    ended.wait()
-    path = stack.places.registry / f"{name}.json"
-    record = json.loads(path.read_text())
-    path.write_text(json.dumps(record | {"pid": ended.pid, "start_time": 1}))
-
-
-def record_of_the_chip_older(stack):
-    record_older(stack, CHIP_NAME)
-
-
-def record_gone(stack):
-    (stack.places.registry / "vtpm-guest1.json").unlink()
-
-
-def record_of_the_chip_gone(stack):
-    (stack.places.registry / f"{CHIP_NAME}.json").unlink()
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        record_older,
-        record_of_the_chip_older,
-        record_gone,
-        record_of_the_chip_gone,
-        mark_gone,
-        mark_zeroed,
-        mark_that_is_a_fifo,
-        config_gone,
-        config_of_another,
-        config_cut_short,
-        config_that_is_a_fifo,
-    ],
-    ids=lambda damage: damage.__name__,
-)
-def test_launcher_that_cannot_take_over_says_why_and_disturbs_nobody(stack, damage):
-    """Neither may another's config be believed, nor all be ended because a mark is damaged."""
-    stack.create_chain()
-    alive = {
-        row["pid"]: start_time_of(row["pid"]) for row in [*stack.call("list")[1:], stack.chip()]
-    }
-    kill_launcher(stack)
-    damage(stack)
-    launcher = stack.spawn_launcher()
-    assert launcher.wait(DEADLINE_S) in {ExitCode.DAMAGED, ExitCode.CONFIGURATION}
-    said = stack.launcher_log()
-    assert str(stack.places.run) in said
-    assert "next_step=" in said
-    assert all(is_alive(pid, start_time) for pid, start_time in alive.items())
-    end_leftovers(stack.places)
-    stack.until(lambda: stack.what_is_left() == [], "everything can be ended in order")
-
-
-def test_stack_without_a_launcher_can_be_ended(stack):
-    stack.create_chain()
-    kill_launcher(stack)
-    found = find_leftovers(stack.places)
-    assert [record.name for record in found] == ["guest1", "vtpm-guest1", "vtpmmgr", "hwtpm"]
-    end_leftovers(stack.places)
-    assert stack.names("stopped") == ["guest1", "vtpm-guest1", "vtpmmgr", "hwtpm"]
-    stack.until(lambda: stack.what_is_left() == [], "everything is gone")
-    stack.start()
-    assert [row["name"] for row in stack.call("list")] == ["Domain-0"]
-    assert stack.stop() == 0
-    assert stack.what_is_left() == []
-
-
-def test_launcher_that_cannot_start_says_why(down):
-    (down.root / "etc/vtpm/launcherd.toml").write_text("colour = 3\n")
-    launcher = down.spawn_launcher()
-    assert launcher.wait(DEADLINE_S) == ExitCode.CONFIGURATION
-    assert "colour" in down.launcher_log()

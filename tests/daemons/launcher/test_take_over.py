@@ -1,0 +1,218 @@
+"""A launcher that was killed: the next one takes its domains over, or says why it cannot."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+
+import pytest
+
+from daemons.errors import ExitCode
+from daemons.launcher.leftovers import end_leftovers, find_leftovers
+from daemons.launcher.processes import is_alive
+from daemons.listeners import start_time_of
+from daemons.places import CHIP_NAME
+from tests.daemons.launcher.fake_stack import (
+    DEADLINE_S,
+    MANAGER,
+    VTPM,
+    create_refused,
+    journals,
+    kill,
+    numbered,
+    started_again,
+    state_letter,
+)
+
+
+def kill_launcher(stack) -> None:
+    stack.launcher.kill()
+    stack.launcher.wait()
+
+
+def test_killed_launcher_leaves_its_domains_serving_and_the_next_one_takes_them_over(stack):
+    stack.create_chain()
+    before = {row["name"]: (row["pid"], row["domid"]) for row in stack.call("list")[1:]}
+    chip = stack.chip()["pid"]
+    kill_launcher(stack)
+    assert all(is_alive(pid, start_time_of(pid)) for pid, _ in before.values())
+    mark = len(stack.story())
+    stack.start()
+    rows = stack.call("list")[1:]
+    assert {row["name"]: (row["pid"], row["domid"]) for row in rows} == before
+    assert {row["state"] for row in rows} == {"running"}
+    assert stack.chip()["pid"] == chip
+    assert [(e["name"], e["event"]) for e in stack.story()[mark:]] == [("firmware", "adopt")]
+    # What it does with them is what it does with its own.
+    kill(stack.row("vtpmmgr"))
+    started_again(stack, "vtpmmgr", 1)
+    stack.call("reboot", domain="guest1")
+    assert stack.row("guest1")["domid"] > max(domid for _, domid in before.values())
+    assert stack.stop() == 0
+    assert stack.what_is_left() == []
+
+
+def test_domain_that_died_without_a_launcher_goes_on_with_the_next(stack):
+    stack.create_chain()
+    rows = {row["name"]: row for row in stack.call("list")}
+    chip = stack.chip()
+    kill_launcher(stack)
+    for victim in (rows["vtpm-guest1"], rows["vtpmmgr"], chip):
+        kill(victim)
+    stack.start()
+    stack.until(lambda: stack.row("vtpm-guest1")["state"] == "running", "it is started")
+    assert journals(stack, "vtpm-guest1")[-1][1] == str(rows["vtpm-guest1"]["pid"])
+    assert journals(stack, "hwtpm")[-1][1] == str(chip["pid"])
+    assert stack.row("guest1")["pid"] == rows["guest1"]["pid"]
+    assert "power_on" not in [e["event"] for e in stack.story()][-4:]
+
+
+def test_paused_domain_is_paused_for_the_next_launcher(stack):
+    stack.create_chain()
+    pid = stack.row("guest1")["pid"]
+    stack.call("pause", domain="guest1")
+    stack.create(numbered(VTPM, 2), paused=True)
+    kill_launcher(stack)
+    stack.start()
+    stack.until(lambda: stack.row("guest1")["state"] == "paused", "it is paused")
+    stack.call("unpause", domain="guest1")
+    stack.until(lambda: state_letter(pid) == "S", "it goes on")
+    # One that was never started is nobody's memory.
+    assert "vtpm-guest2" not in [row["name"] for row in stack.call("list")]
+    stack.create(numbered(VTPM, 2))
+
+
+def test_domain_that_was_waiting_is_started_by_the_next_launcher(stack):
+    text = VTPM.replace("backend=vtpmmgr", "backend=other")
+    failure = create_refused(stack, text)
+    assert "waits for other" in failure.why
+    kill_launcher(stack)
+    stack.start()
+    assert stack.names("stopped") == []  # there was no power yet, so nothing is taken over
+    stack.create(MANAGER)
+    create_refused(stack, text)
+    kill_launcher(stack)
+    stack.start()
+    assert "waits for other" in stack.until_state("vtpm-guest1", "starting")["state"]
+
+
+def test_stack_whose_machine_was_booted_since_is_not_taken_over(stack):
+    stack.create_chain()
+    rows = stack.call("list")[1:]
+    kill_launcher(stack)
+    (stack.places.run / "powered").write_text("00" * 16)
+    for row in rows:  # no process outlives a boot; the chip stays, to show that it is ended
+        kill(row)
+    stack.start()
+    assert [row["name"] for row in stack.call("list")] == ["Domain-0"]
+    assert stack.names("stopped") == ["hwtpm"]
+
+
+def mark_gone(stack):
+    (stack.places.run / "powered").unlink()
+
+
+def mark_zeroed(stack):
+    (stack.places.run / "powered").write_bytes(bytes(32))
+
+
+def mark_that_is_a_fifo(stack):
+    mark_gone(stack)
+    os.mkfifo(stack.places.run / "powered", 0o600)
+
+
+def config_gone(stack):
+    stack.places.domain("vtpm-guest1").config.unlink()
+
+
+def config_of_another(stack):
+    path = stack.places.domain("vtpm-guest1").config
+    path.write_text(numbered(VTPM, 2))
+
+
+def config_cut_short(stack):
+    path = stack.places.domain("vtpm-guest1").config
+    path.write_text(path.read_text()[:40])
+
+
+def config_that_is_a_fifo(stack):
+    config_gone(stack)
+    os.mkfifo(stack.places.domain("vtpm-guest1").config, 0o600)
+
+
+def record_older(stack, name="vtpm-guest1"):
+    """As a copy from before its last start has it."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    path = stack.places.registry / f"{name}.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"pid": ended.pid, "start_time": 1}))
+
+
+def record_of_the_chip_older(stack):
+    record_older(stack, CHIP_NAME)
+
+
+def record_gone(stack):
+    (stack.places.registry / "vtpm-guest1.json").unlink()
+
+
+def record_of_the_chip_gone(stack):
+    (stack.places.registry / f"{CHIP_NAME}.json").unlink()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        record_older,
+        record_of_the_chip_older,
+        record_gone,
+        record_of_the_chip_gone,
+        mark_gone,
+        mark_zeroed,
+        mark_that_is_a_fifo,
+        config_gone,
+        config_of_another,
+        config_cut_short,
+        config_that_is_a_fifo,
+    ],
+    ids=lambda damage: damage.__name__,
+)
+def test_launcher_that_cannot_take_over_says_why_and_disturbs_nobody(stack, damage):
+    """Neither may another's config be believed, nor all be ended because a mark is damaged."""
+    stack.create_chain()
+    alive = {
+        row["pid"]: start_time_of(row["pid"]) for row in [*stack.call("list")[1:], stack.chip()]
+    }
+    kill_launcher(stack)
+    damage(stack)
+    launcher = stack.spawn_launcher()
+    assert launcher.wait(DEADLINE_S) in {ExitCode.DAMAGED, ExitCode.CONFIGURATION}
+    said = stack.launcher_log()
+    assert str(stack.places.run) in said
+    assert "next_step=" in said
+    assert all(is_alive(pid, start_time) for pid, start_time in alive.items())
+    end_leftovers(stack.places)
+    stack.until(lambda: stack.what_is_left() == [], "everything can be ended in order")
+
+
+def test_stack_without_a_launcher_can_be_ended(stack):
+    stack.create_chain()
+    kill_launcher(stack)
+    found = find_leftovers(stack.places)
+    assert [record.name for record in found] == ["guest1", "vtpm-guest1", "vtpmmgr", "hwtpm"]
+    end_leftovers(stack.places)
+    assert stack.names("stopped") == ["guest1", "vtpm-guest1", "vtpmmgr", "hwtpm"]
+    stack.until(lambda: stack.what_is_left() == [], "everything is gone")
+    stack.start()
+    assert [row["name"] for row in stack.call("list")] == ["Domain-0"]
+    assert stack.stop() == 0
+    assert stack.what_is_left() == []
+
+
+def test_launcher_that_cannot_start_says_why(down):
+    (down.root / "etc/vtpm/launcherd.toml").write_text("colour = 3\n")
+    launcher = down.spawn_launcher()
+    assert launcher.wait(DEADLINE_S) == ExitCode.CONFIGURATION
+    assert "colour" in down.launcher_log()
