@@ -174,7 +174,7 @@ def test_oaep_round_trip_up_to_its_limit(key):
     limit = key.public.size - 42
     for data in (b"", b"d", b"d" * limit):
         assert key.decrypt_oaep(key.public.encrypt_oaep(data)) == data
-    with pytest.raises(ValueError, match="Encryption failed"):
+    with pytest.raises(ValueError, match="modulus"):
         key.public.encrypt_oaep(b"d" * (limit + 1))
 
 

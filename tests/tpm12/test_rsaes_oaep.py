@@ -1,0 +1,111 @@
+"""OAEP with the libcrypto of `hashlib`, and with `cryptography` where Python hides its own."""
+
+import ctypes
+import sys
+
+import pytest
+
+from tests.tpm12.conftest import PooledPrimes
+from tpm12 import crypto
+from tpm12.crypto import DecryptionError, new_rsa_key
+from tpm12.rsaes_oaep import IS_AVAILABLE, OaepPrivateKey, OaepPublicKey
+
+BITS = 512
+WAYS = {"libcrypto": True, "cryptography": False}
+
+pytestmark = pytest.mark.skipif(not IS_AVAILABLE, reason="this Python hides its libcrypto")
+
+
+def new_key():
+    return new_rsa_key(PooledPrimes().primes(BITS, 65537), 65537, BITS)
+
+
+@pytest.mark.parametrize("opens", WAYS)
+@pytest.mark.parametrize("seals", WAYS)
+def test_what_one_seals_the_other_opens(monkeypatch, seals, opens):
+    key, limit = new_key(), BITS // 8 - 42
+    for data in (b"", b"d", b"\0" * limit, b"d" * limit):
+        monkeypatch.setattr(crypto, "IS_AVAILABLE", WAYS[seals])
+        ciphertext = key.public.encrypt_oaep(data)
+        assert len(ciphertext) == BITS // 8
+        monkeypatch.setattr(crypto, "IS_AVAILABLE", WAYS[opens])
+        assert key.decrypt_oaep(ciphertext) == data
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_both_refuse_the_same(monkeypatch, way):
+    monkeypatch.setattr(crypto, "IS_AVAILABLE", WAYS[way])
+    key = new_key()
+    good = key.public.encrypt_oaep(b"data")
+    modulus = key.public.modulus
+    flipped = good[:-1] + bytes([good[-1] ^ 1])
+    for bad in (b"", good[:-1], good + b"x", b"\0" + good, flipped, bytes(64), modulus):
+        with pytest.raises(DecryptionError):
+            key.decrypt_oaep(bad)
+    with pytest.raises(ValueError, match=r"modulus|Encryption"):
+        key.public.encrypt_oaep(b"d" * (BITS // 8 - 41))
+    assert key.decrypt_oaep(good) == b"data"
+
+
+@pytest.mark.parametrize("kind", [OaepPrivateKey, OaepPublicKey])
+@pytest.mark.parametrize("der", [b"", b"\x30\x00", b"\x30\x82\xff\xff", bytes(64)])
+def test_what_is_no_key_is_refused(kind, der):
+    with pytest.raises(ValueError, match="libcrypto"):
+        kind(der, 64)
+
+
+class _Mallinfo(ctypes.Structure):
+    """What glibc's mallinfo2(3) gives."""
+
+    _fields_ = (
+        ("_before", ctypes.c_size_t * 7),
+        ("uordblks", ctypes.c_size_t),
+        ("_after", ctypes.c_size_t * 2),
+    )
+
+
+def _allocated():
+    """Bytes that C code has allocated and not freed."""
+    mallinfo = ctypes.CDLL(None).mallinfo2
+    mallinfo.restype = _Mallinfo
+    return mallinfo().uordblks
+
+
+def _growth(operation, times=1000):
+    """Bytes an operation leaves allocated, on the average."""
+    for _ in range(10):
+        operation()
+    before = _allocated()
+    for _ in range(times):
+        operation()
+    return (_allocated() - before) / times
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mallinfo2 is glibc's")
+@pytest.mark.parametrize("way", WAYS)
+def test_a_day_of_sealing_leaves_nothing_in_memory(monkeypatch, way):
+    """The control is `cryptography`: the day it passes, `rsaes_oaep.py` can go."""
+    monkeypatch.setattr(crypto, "IS_AVAILABLE", WAYS[way])
+    key = new_key()
+    ciphertext = key.public.encrypt_oaep(b"data")
+    grows = [
+        _growth(lambda: key.public.encrypt_oaep(b"data")),
+        _growth(lambda: key.decrypt_oaep(ciphertext)),
+    ]
+    if WAYS[way]:
+        assert max(grows) < 4, grows
+    else:
+        assert min(grows) > 24, grows
+
+
+def test_keys_are_freed(monkeypatch):
+    monkeypatch.setattr(crypto, "IS_AVAILABLE", True)
+    key = new_key()
+    ciphertext = key.public.encrypt_oaep(b"data")
+
+    def load_and_use():
+        again = crypto.RsaPrivateKey.from_prime(key.public.modulus, key.prime, 65537)
+        assert again.decrypt_oaep(ciphertext) == b"data"
+        again.public.encrypt_oaep(b"data")
+
+    assert _growth(load_and_use) < 64

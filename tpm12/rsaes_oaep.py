@@ -1,0 +1,143 @@
+"""RSAES-OAEP with the OpenSSL that Python's `hashlib` has loaded already.
+
+`cryptography` leaks the label of OAEP at each encryption and decryption (32 bytes for "TCPA", seen
+from version 43 to 50), and OAEP without a label does not: a TPM that seals all day would grow all
+day. Here the same OpenSSL functions are called that libtpms calls: RSA without padding, then the
+padding. `crypto.py` falls back to `cryptography` where Python has no libcrypto of this kind.
+
+Source: PKCS#1 v2.1 §7.1; the label is "TCPA" (TPM Main r116 Part 1 §31.1.1).
+
+Invariants:
+- A key is freed with its object, and neither is copied.
+- No error stays in OpenSSL's queue, which `hashlib` and `ssl` share with us.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_char_p, c_int, c_long, c_void_p
+from typing import Any, Final
+
+from protocol.constants import OAEP_LABEL
+
+_RSA_NO_PADDING: Final = 3
+_KEY_FROM_DER = (c_void_p, [c_void_p, ctypes.POINTER(c_char_p), c_long])
+_RSA = (c_int, [c_int, c_char_p, c_char_p, c_void_p, c_int])
+_PROTOTYPES: Final[dict[str, tuple[Any, list[Any]]]] = {
+    "d2i_RSAPrivateKey": _KEY_FROM_DER,
+    "d2i_RSAPublicKey": _KEY_FROM_DER,
+    "RSA_free": (None, [c_void_p]),
+    "RSA_public_encrypt": _RSA,
+    "RSA_private_decrypt": _RSA,
+    "RSA_padding_add_PKCS1_OAEP": (c_int, [c_char_p, c_int, c_char_p, c_int, c_char_p, c_int]),
+    "RSA_padding_check_PKCS1_OAEP": (
+        c_int,
+        [c_char_p, c_int, c_char_p, c_int, c_int, c_char_p, c_int],
+    ),
+    "ERR_clear_error": (None, []),
+}
+
+
+def _libcrypto() -> ctypes.CDLL | None:
+    """The OpenSSL of this Python, or None if it has none or hides its functions."""
+    try:
+        import _hashlib  # noqa: PLC0415 - a Python without OpenSSL has no such module
+
+        library = ctypes.CDLL(_hashlib.__file__)
+        for name, (result, arguments) in _PROTOTYPES.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+    except (ImportError, AttributeError, OSError):
+        return None
+    return library
+
+
+_LIBRARY: Final[Any] = _libcrypto()
+IS_AVAILABLE: Final = _LIBRARY is not None
+
+
+class _Key:
+    """A key of libcrypto's.
+
+    Args:
+        read: Which function of libcrypto reads the encoding.
+        der: The key as PKCS#1 writes it.
+        size: Of the modulus, in bytes.
+
+    Raises:
+        ValueError: libcrypto does not read it.
+    """
+
+    __slots__ = ("_free", "_rsa", "_size")
+
+    def __init__(self, read: str, der: bytes, size: int) -> None:
+        # Kept with the object: at the end of the process, the module may be gone before it.
+        self._free = _LIBRARY.RSA_free
+        self._size = size
+        self._rsa = getattr(_LIBRARY, read)(None, ctypes.byref(c_char_p(der)), len(der))
+        if not self._rsa:
+            _LIBRARY.ERR_clear_error()
+            raise ValueError("libcrypto does not take this RSA key")
+
+    def __del__(self) -> None:
+        self._free(self._rsa)
+
+
+class OaepPublicKey(_Key):
+    """Encrypts; from an RSAPublicKey in DER (PKCS#1)."""
+
+    __slots__ = ()
+
+    def __init__(self, der: bytes, size: int) -> None:
+        super().__init__("d2i_RSAPublicKey", der, size)
+
+    def encrypt(self, plaintext: bytes) -> bytes:
+        """As many bytes as the modulus has.
+
+        Raises:
+            ValueError: The plaintext is longer than the modulus allows, or the key is none.
+        """
+        size = self._size
+        block = ctypes.create_string_buffer(size)
+        result = ctypes.create_string_buffer(size)
+        padded = _LIBRARY.RSA_padding_add_PKCS1_OAEP(
+            block, size, plaintext, len(plaintext), OAEP_LABEL, len(OAEP_LABEL)
+        )
+        if (
+            padded != 1
+            or _LIBRARY.RSA_public_encrypt(size, block, result, self._rsa, _RSA_NO_PADDING) != size
+        ):
+            _LIBRARY.ERR_clear_error()
+            raise ValueError(f"{len(plaintext)} bytes for a modulus of {size}, or no RSA key")
+        return result.raw
+
+
+class OaepPrivateKey(_Key):
+    """Decrypts; from an RSAPrivateKey in DER (PKCS#1)."""
+
+    __slots__ = ()
+
+    def __init__(self, der: bytes, size: int) -> None:
+        super().__init__("d2i_RSAPrivateKey", der, size)
+
+    def decrypt(self, ciphertext: bytes) -> bytes:
+        """The plaintext.
+
+        Raises:
+            ValueError: Whatever is wrong with the ciphertext.
+        """
+        size = self._size
+        if len(ciphertext) != size:
+            raise ValueError("not decrypted")
+        block = ctypes.create_string_buffer(size)
+        plaintext = ctypes.create_string_buffer(size)
+        length = _LIBRARY.RSA_private_decrypt(size, ciphertext, block, self._rsa, _RSA_NO_PADDING)
+        if length == size:
+            length = _LIBRARY.RSA_padding_check_PKCS1_OAEP(
+                plaintext, size, block, size, size, OAEP_LABEL, len(OAEP_LABEL)
+            )
+        ctypes.memset(block, 0, size)
+        if length < 0:
+            _LIBRARY.ERR_clear_error()
+            raise ValueError("not decrypted")
+        return plaintext.raw[:length]
