@@ -15,7 +15,7 @@ Invariants:
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_char_p, c_int, c_long, c_void_p
+from ctypes import c_char, c_char_p, c_int, c_long, c_void_p
 from typing import Any, Final
 
 from protocol.constants import OAEP_LABEL
@@ -68,12 +68,13 @@ class _Key:
         ValueError: libcrypto does not read it.
     """
 
-    __slots__ = ("_free", "_rsa", "_size")
+    __slots__ = ("_block", "_free", "_rsa", "_size")
 
     def __init__(self, read: str, der: bytes, size: int) -> None:
         # Kept with the object: at the end of the process, the module may be gone before it.
         self._free = _LIBRARY.RSA_free
         self._size = size
+        self._block = c_char * size
         self._rsa = getattr(_LIBRARY, read)(None, ctypes.byref(c_char_p(der)), len(der))
         if not self._rsa:
             _LIBRARY.ERR_clear_error()
@@ -98,8 +99,7 @@ class OaepPublicKey(_Key):
             ValueError: The plaintext is longer than the modulus allows, or the key is none.
         """
         size = self._size
-        block = ctypes.create_string_buffer(size)
-        result = ctypes.create_string_buffer(size)
+        block, result = self._block(), self._block()
         padded = _LIBRARY.RSA_padding_add_PKCS1_OAEP(
             block, size, plaintext, len(plaintext), OAEP_LABEL, len(OAEP_LABEL)
         )
@@ -129,8 +129,7 @@ class OaepPrivateKey(_Key):
         size = self._size
         if len(ciphertext) != size:
             raise ValueError("not decrypted")
-        block = ctypes.create_string_buffer(size)
-        plaintext = ctypes.create_string_buffer(size)
+        block, plaintext = self._block(), self._block()
         length = _LIBRARY.RSA_private_decrypt(size, ciphertext, block, self._rsa, _RSA_NO_PADDING)
         if length == size:
             length = _LIBRARY.RSA_padding_check_PKCS1_OAEP(
