@@ -16,11 +16,12 @@ import hashlib
 import hmac
 import math
 import struct
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Final
 
 from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.hazmat.primitives.asymmetric.utils import NoDigestInfo, Prehashed
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
@@ -28,7 +29,6 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from protocol.constants import DIGEST_BYTES, OAEP_LABEL
 from tpm12.ports import Rng
 from tpm12.primes import rsa_primes
-from tpm12.rsaes_oaep import IS_AVAILABLE, OaepPrivateKey, OaepPublicKey
 
 OAEP_OVERHEAD_BYTES: Final = 42
 """2 * 20 + 2: what OAEP with SHA-1 takes from a modulus."""
@@ -142,14 +142,14 @@ class DecryptionError(Exception):
 class RsaPublicKey:
     """An RSA public key; sizes in bytes unless named otherwise."""
 
-    __slots__ = ("_key", "_oaep", "exponent", "modulus", "size")
+    __slots__ = ("_encrypt_oaep", "_key", "exponent", "modulus", "size")
 
     def __init__(self, modulus: bytes, exponent: int = DEFAULT_EXPONENT) -> None:
         self.modulus = modulus
         self.exponent = exponent
         self.size = len(modulus)
         self._key: rsa.RSAPublicKey | None = None
-        self._oaep: OaepPublicKey | None = None
+        self._encrypt_oaep: Callable[[bytes], bytes] | None = None
 
     def _loaded(self) -> rsa.RSAPublicKey:
         if self._key is None:
@@ -157,20 +157,25 @@ class RsaPublicKey:
             self._key = rsa.RSAPublicNumbers(self.exponent, number).public_key()
         return self._key
 
+    def _oaep_encryption(self) -> Callable[[bytes], bytes]:
+        # Imported at the first use, for ctypes takes 4 ms of a simulator's start.
+        from tpm12 import rsaes_oaep  # noqa: PLC0415
+
+        key = self._loaded()  # here as well: it refuses numbers that are no RSA key
+        if not rsaes_oaep.IS_AVAILABLE:
+            return lambda plaintext: key.encrypt(plaintext, _OAEP)
+        number = int.from_bytes(self.modulus, "big")
+        return rsaes_oaep.OaepPublicKey(number, self.exponent).encrypt
+
     def encrypt_oaep(self, plaintext: bytes) -> bytes:
         """OAEP with SHA-1 and the TPM's label "TCPA".
 
         Raises:
             ValueError: The plaintext is longer than the modulus allows, or the key is no RSA key.
         """
-        if not IS_AVAILABLE:
-            return self._loaded().encrypt(plaintext, _OAEP)
-        if self._oaep is None:
-            der = self._loaded().public_bytes(
-                serialization.Encoding.DER, serialization.PublicFormat.PKCS1
-            )
-            self._oaep = OaepPublicKey(der, self.size)
-        return self._oaep.encrypt(plaintext)
+        if self._encrypt_oaep is None:
+            self._encrypt_oaep = self._oaep_encryption()
+        return self._encrypt_oaep(plaintext)
 
     def encrypt_pkcs1v15(self, plaintext: bytes) -> bytes:
         """PKCS#1 v1.5 type 2.
@@ -203,14 +208,15 @@ class RsaPrivateKey:
     that is not its decryption (0.25 ms for 2048 bits).
     """
 
-    __slots__ = ("_factors", "_key", "_oaep", "prime", "public")
+    __slots__ = ("_decrypt_oaep", "_factors", "_kept_numbers", "_key", "prime", "public")
 
     def __init__(self, public: RsaPublicKey, prime: bytes, factors: tuple[int, int]) -> None:
         self.public = public
         self.prime = prime
         self._factors = factors
+        self._kept_numbers: rsa.RSAPrivateNumbers | None = None
         self._key: rsa.RSAPrivateKey | None = None
-        self._oaep: OaepPrivateKey | None = None
+        self._decrypt_oaep: Callable[[bytes], bytes] | None = None
 
     @classmethod
     def from_prime(cls, modulus: bytes, prime: bytes, exponent: int) -> RsaPrivateKey:
@@ -236,12 +242,12 @@ class RsaPrivateKey:
             raise ValueError("the exponent has no inverse")
         return cls(RsaPublicKey(modulus, exponent), prime, (p, q))
 
-    def _loaded(self) -> rsa.RSAPrivateKey:
-        if self._key is None:
+    def _numbers(self) -> rsa.RSAPrivateNumbers:
+        if self._kept_numbers is None:
             p, q = self._factors
             exponent = self.public.exponent
             d = pow(exponent, -1, (p - 1) * (q - 1))
-            numbers = rsa.RSAPrivateNumbers(
+            self._kept_numbers = rsa.RSAPrivateNumbers(
                 p=p,
                 q=q,
                 d=d,
@@ -250,8 +256,22 @@ class RsaPrivateKey:
                 iqmp=pow(q, -1, p),
                 public_numbers=rsa.RSAPublicNumbers(exponent, p * q),
             )
-            self._key = numbers.private_key(unsafe_skip_rsa_key_validation=True)
+        return self._kept_numbers
+
+    def _loaded(self) -> rsa.RSAPrivateKey:
+        if self._key is None:
+            self._key = self._numbers().private_key(unsafe_skip_rsa_key_validation=True)
         return self._key
+
+    def _oaep_decryption(self) -> Callable[[bytes], bytes]:
+        from tpm12 import rsaes_oaep  # noqa: PLC0415
+
+        key = self._loaded()
+        if not rsaes_oaep.IS_AVAILABLE:
+            return lambda ciphertext: key.decrypt(ciphertext, _OAEP)
+        k = self._numbers()
+        n, e = k.public_numbers.n, k.public_numbers.e
+        return rsaes_oaep.OaepPrivateKey(n, e, k.d, k.p, k.q, k.dmp1, k.dmq1, k.iqmp).decrypt
 
     def decrypt_oaep(self, ciphertext: bytes) -> bytes:
         """Undo OAEP with SHA-1 and label "TCPA".
@@ -260,16 +280,9 @@ class RsaPrivateKey:
             DecryptionError: Whatever is wrong with the ciphertext.
         """
         try:
-            if not IS_AVAILABLE:
-                return self._loaded().decrypt(ciphertext, _OAEP)
-            if self._oaep is None:
-                der = self._loaded().private_bytes(
-                    serialization.Encoding.DER,
-                    serialization.PrivateFormat.TraditionalOpenSSL,
-                    serialization.NoEncryption(),
-                )
-                self._oaep = OaepPrivateKey(der, self.public.size)
-            return self._oaep.decrypt(ciphertext)
+            if self._decrypt_oaep is None:
+                self._decrypt_oaep = self._oaep_decryption()
+            return self._decrypt_oaep(ciphertext)
         except ValueError as error:
             raise DecryptionError from error
 

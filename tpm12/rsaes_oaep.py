@@ -56,25 +56,40 @@ _LIBRARY: Final[Any] = _libcrypto()
 IS_AVAILABLE: Final = _LIBRARY is not None
 
 
+def _der(numbers: tuple[int, ...]) -> bytes:
+    """A SEQUENCE of INTEGERs, none negative: how PKCS#1 writes a key (v2.1, A.1)."""
+    integers = [number.to_bytes(number.bit_length() // 8 + 1, "big") for number in numbers]
+    return _der_element(0x30, b"".join([_der_element(2, integer) for integer in integers]))
+
+
+def _der_element(tag: int, body: bytes) -> bytes:
+    length = len(body)
+    if length < 0x80:
+        return bytes([tag, length]) + body
+    return bytes([tag, 0x82]) + length.to_bytes(2, "big") + body
+
+
 class _Key:
     """A key of libcrypto's.
 
     Args:
-        read: Which function of libcrypto reads the encoding.
-        der: The key as PKCS#1 writes it.
-        size: Of the modulus, in bytes.
+        read: Which function of libcrypto reads it.
+        numbers: What PKCS#1 writes of it, in that order.
+        modulus: One of them.
 
     Raises:
-        ValueError: libcrypto does not read it.
+        ValueError: libcrypto does not take it.
     """
 
     __slots__ = ("_block", "_free", "_rsa", "_size")
 
-    def __init__(self, read: str, der: bytes, size: int) -> None:
+    def __init__(self, read: str, numbers: tuple[int, ...], modulus: int) -> None:
         # Kept with the object: at the end of the process, the module may be gone before it.
         self._free = _LIBRARY.RSA_free
-        self._size = size
-        self._block = c_char * size
+        self._rsa = None
+        self._size = (modulus.bit_length() + 7) // 8
+        self._block = c_char * self._size
+        der = _der(numbers)
         self._rsa = getattr(_LIBRARY, read)(None, ctypes.byref(c_char_p(der)), len(der))
         if not self._rsa:
             _LIBRARY.ERR_clear_error()
@@ -85,12 +100,12 @@ class _Key:
 
 
 class OaepPublicKey(_Key):
-    """Encrypts; from an RSAPublicKey in DER (PKCS#1)."""
+    """Encrypts, under a modulus and an exponent."""
 
     __slots__ = ()
 
-    def __init__(self, der: bytes, size: int) -> None:
-        super().__init__("d2i_RSAPublicKey", der, size)
+    def __init__(self, n: int, e: int) -> None:
+        super().__init__("d2i_RSAPublicKey", (n, e), n)
 
     def encrypt(self, plaintext: bytes) -> bytes:
         """As many bytes as the modulus has.
@@ -113,12 +128,12 @@ class OaepPublicKey(_Key):
 
 
 class OaepPrivateKey(_Key):
-    """Decrypts; from an RSAPrivateKey in DER (PKCS#1)."""
+    """Decrypts, under the numbers of PKCS#1: n, e, d, p, q, dP, dQ, qInv."""
 
     __slots__ = ()
 
-    def __init__(self, der: bytes, size: int) -> None:
-        super().__init__("d2i_RSAPrivateKey", der, size)
+    def __init__(self, n: int, *numbers: int) -> None:
+        super().__init__("d2i_RSAPrivateKey", (0, n, *numbers), n)
 
     def decrypt(self, ciphertext: bytes) -> bytes:
         """The plaintext.

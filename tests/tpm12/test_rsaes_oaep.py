@@ -6,9 +6,9 @@ import sys
 import pytest
 
 from tests.tpm12.conftest import PooledPrimes
-from tpm12 import crypto
+from tpm12 import crypto, rsaes_oaep
 from tpm12.crypto import DecryptionError, new_rsa_key
-from tpm12.rsaes_oaep import IS_AVAILABLE, OaepPrivateKey, OaepPublicKey
+from tpm12.rsaes_oaep import IS_AVAILABLE, OaepPrivateKey
 
 BITS = 512
 WAYS = {"libcrypto": True, "cryptography": False}
@@ -24,17 +24,19 @@ def new_key():
 @pytest.mark.parametrize("seals", WAYS)
 def test_what_one_seals_the_other_opens(monkeypatch, seals, opens):
     key, limit = new_key(), BITS // 8 - 42
-    for data in (b"", b"d", b"\0" * limit, b"d" * limit):
-        monkeypatch.setattr(crypto, "IS_AVAILABLE", WAYS[seals])
-        ciphertext = key.public.encrypt_oaep(data)
+    monkeypatch.setattr(rsaes_oaep, "IS_AVAILABLE", WAYS[seals])
+    ciphertexts = {
+        data: key.public.encrypt_oaep(data) for data in (b"", b"d", b"\0" * limit, b"d" * limit)
+    }
+    monkeypatch.setattr(rsaes_oaep, "IS_AVAILABLE", WAYS[opens])
+    for data, ciphertext in ciphertexts.items():
         assert len(ciphertext) == BITS // 8
-        monkeypatch.setattr(crypto, "IS_AVAILABLE", WAYS[opens])
         assert key.decrypt_oaep(ciphertext) == data
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_both_refuse_the_same(monkeypatch, way):
-    monkeypatch.setattr(crypto, "IS_AVAILABLE", WAYS[way])
+    monkeypatch.setattr(rsaes_oaep, "IS_AVAILABLE", WAYS[way])
     key = new_key()
     good = key.public.encrypt_oaep(b"data")
     modulus = key.public.modulus
@@ -47,11 +49,20 @@ def test_both_refuse_the_same(monkeypatch, way):
     assert key.decrypt_oaep(good) == b"data"
 
 
-@pytest.mark.parametrize("kind", [OaepPrivateKey, OaepPublicKey])
-@pytest.mark.parametrize("der", [b"", b"\x30\x00", b"\x30\x82\xff\xff", bytes(64)])
-def test_what_is_no_key_is_refused(kind, der):
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("exponent", [0, 1, 2, 4])
+def test_no_way_encrypts_with_an_exponent_that_is_none(monkeypatch, way, exponent):
+    monkeypatch.setattr(rsaes_oaep, "IS_AVAILABLE", WAYS[way])
+    public = crypto.RsaPublicKey(new_key().public.modulus, exponent)
+    with pytest.raises(ValueError, match="e must be"):
+        public.encrypt_oaep(b"data")
+
+
+@pytest.mark.parametrize("numbers", [(), (3,), (3,) * 6], ids=len)
+def test_what_is_no_key_is_refused(numbers):
+    """All a private key has is eight numbers."""
     with pytest.raises(ValueError, match="libcrypto"):
-        kind(der, 64)
+        OaepPrivateKey(15, *numbers)
 
 
 class _Mallinfo(ctypes.Structure):
@@ -85,7 +96,7 @@ def _growth(operation, times=1000):
 @pytest.mark.parametrize("way", WAYS)
 def test_a_day_of_sealing_leaves_nothing_in_memory(monkeypatch, way):
     """The control is `cryptography`: the day it passes, `rsaes_oaep.py` can go."""
-    monkeypatch.setattr(crypto, "IS_AVAILABLE", WAYS[way])
+    monkeypatch.setattr(rsaes_oaep, "IS_AVAILABLE", WAYS[way])
     key = new_key()
     ciphertext = key.public.encrypt_oaep(b"data")
     grows = [
@@ -99,7 +110,7 @@ def test_a_day_of_sealing_leaves_nothing_in_memory(monkeypatch, way):
 
 
 def test_keys_are_freed(monkeypatch):
-    monkeypatch.setattr(crypto, "IS_AVAILABLE", True)
+    monkeypatch.setattr(rsaes_oaep, "IS_AVAILABLE", True)
     key = new_key()
     ciphertext = key.public.encrypt_oaep(b"data")
 
