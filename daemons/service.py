@@ -41,8 +41,6 @@ P = ParamSpec("P")
 DRAIN_S: Final = 5.0
 """How long open connections may finish what they do after a stop was asked for."""
 CONNECTIONS_MAX: Final = 512
-GIVE_BACK_S: Final = 2.0
-"""From the end of a connection until its memory goes back to the system."""
 ACCEPT_RETRY_S: Final = 0.1
 """Pause after the system had no descriptor or memory for one more connection."""
 PINGS: Final = 3
@@ -192,7 +190,7 @@ class _Door:
         self._connections_max = connections_max
         self._ids: Iterator[int] = count(1)
         self._has_told_full = False
-        self._is_giving_back = False
+        self._memory = heap.AfterBursts(connections, stopping)
         self.open_count = 0
 
     async def accept_from(self, listener: Listener) -> None:
@@ -234,16 +232,7 @@ class _Door:
         finally:
             self.open_count -= 1
             connection.socket.close()
-            if not self._is_giving_back:
-                self._is_giving_back = True
-                self._connections.start_soon(self._give_back_soon)
-
-    async def _give_back_soon(self) -> None:
-        """Give back what connections used that ended in the next moments, all at once."""
-        with trio.move_on_after(GIVE_BACK_S):
-            await self._stopping.wait()
-        self._is_giving_back = False
-        heap.give_back()
+            self._memory.connection_ended()
 
 
 def ends_with_its_peer(

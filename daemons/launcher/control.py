@@ -27,6 +27,7 @@ from typing import Any, Final, cast
 
 import trio
 
+from daemons import heap
 from daemons.errors import ExitCode, Failure
 from daemons.lean_structlog import structlog
 from daemons.listeners import Listener, peer_credentials
@@ -140,7 +141,16 @@ class ControlServer:
             task_status: Started when connections are accepted.
         """
         accepting = trio.SocketListener(trio.socket.from_stdlib_socket(listener.socket))
-        await trio.serve_listeners(self._handle, [accepting], task_status=task_status)
+        async with trio.open_nursery() as nursery:
+            memory = heap.AfterBursts(nursery, trio.Event())
+
+            async def handle(stream: trio.SocketStream) -> None:
+                try:
+                    await self._handle(stream)
+                finally:
+                    memory.connection_ended()
+
+            await trio.serve_listeners(handle, [accepting], task_status=task_status)
 
     async def answered(self) -> None:
         """Wait until no request is under way."""

@@ -12,7 +12,7 @@ import pytest
 import trio
 import trio.testing
 
-from daemons import service
+from daemons import heap, service
 from daemons.errors import ExitCode, Failure
 from daemons.listeners import Kind, connect, listen, start_time_of
 from daemons.sd_notify import Notifier, listen_for_notifications, receive_notification
@@ -143,6 +143,26 @@ async def test_excess_connections_are_closed_and_cost_the_others_nothing(place):
             await third.send(b"4")
             assert await third.recv(10) == b"4"
         second.close()
+
+
+@pytest.mark.usefixtures("autojump_clock")
+async def test_memory_of_a_burst_of_connections_goes_back_once(place, monkeypatch):
+    given_back = []
+    monkeypatch.setattr(heap, "give_back", lambda: given_back.append(trio.current_time()))
+    begun = trio.current_time()
+    async with serving(echo, place / "s") as stop:
+        for _ in range(20):
+            with dial(place / "s"):
+                pass
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        await trio.sleep(5 * heap.GIVE_BACK_S)
+        assert len(given_back) == 1
+        with dial(place / "s"):
+            pass
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        await stop()
+    assert len(given_back) == 2, "a stop gives back what is due"
+    assert trio.current_time() - begun < 7 * heap.GIVE_BACK_S, "and does not wait for it"
 
 
 async def test_descriptors_stay_flat_over_many_connections(place):

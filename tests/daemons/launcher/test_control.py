@@ -10,6 +10,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from daemons import heap
 from daemons.errors import ExitCode, Failure
 from daemons.launcher import control
 from daemons.launcher.control import (
@@ -229,6 +230,17 @@ async def test_request_is_carried_through_when_its_client_has_left(tmp_path):
         desk.gate.set()
         await wait_all_tasks_blocked()
         assert desk.done == ["wait"]
+
+
+async def test_memory_of_a_client_that_left_goes_back(tmp_path, monkeypatch):
+    given_back = trio.Event()
+    monkeypatch.setattr(heap, "GIVE_BACK_S", 0.01)
+    monkeypatch.setattr(heap, "give_back", given_back.set)
+    async with serving(tmp_path) as desk:
+        line = await desk.connect()
+        await line.stream.aclose()
+        with trio.fail_after(20):
+            await given_back.wait()
 
 
 async def test_client_that_only_closed_its_sending_side_still_gets_its_answer(tmp_path):
