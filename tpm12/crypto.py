@@ -266,7 +266,7 @@ class RsaPrivateKey:
     def _oaep_decryption(self) -> Callable[[bytes], bytes]:
         from tpm12 import rsaes_oaep  # noqa: PLC0415
 
-        key = self._loaded()
+        key = self._loaded()  # here as well, as in `_oaep_encryption`
         if not rsaes_oaep.IS_AVAILABLE:
             return lambda ciphertext: key.decrypt(ciphertext, _OAEP)
         k = self._numbers()

@@ -150,7 +150,6 @@ class OaepPrivateKey(_Key):
             length = _LIBRARY.RSA_padding_check_PKCS1_OAEP(
                 plaintext, size, block, size, size, OAEP_LABEL, len(OAEP_LABEL)
             )
-        ctypes.memset(block, 0, size)
         if length < 0:
             _LIBRARY.ERR_clear_error()
             raise ValueError("not decrypted")

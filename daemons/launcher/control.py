@@ -142,7 +142,8 @@ class ControlServer:
         """
         accepting = trio.SocketListener(trio.socket.from_stdlib_socket(listener.socket))
         async with trio.open_nursery() as nursery:
-            memory = heap.AfterBursts(nursery, trio.Event())
+            # What waits in this nursery is cancelled with it, and need not be told to stop.
+            memory = heap.AfterBursts(nursery, stopping=trio.Event())
 
             async def handle(stream: trio.SocketStream) -> None:
                 try:
