@@ -204,8 +204,7 @@ class RsaPrivateKey:
     """An RSA private key, made from the modulus and one prime.
 
     Many a key is loaded and flushed with no use between, so what OpenSSL wants besides is worked
-    out at the first use: the coefficient of CRT takes as long as all the rest of a TPM_LoadKey2
-    that is not its decryption (0.25 ms for 2048 bits).
+    out at the first use: the coefficient of CRT takes 0.17 ms for 2048 bits.
     """
 
     __slots__ = ("_decrypt_oaep", "_factors", "_kept_numbers", "_key", "prime", "public")
