@@ -24,7 +24,14 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple
 
-from protocol.constants import ZERO_DIGEST, EntityType, KeyFlags, KeyHandleValue, ResourceType
+from protocol.constants import (
+    DIGEST_BYTES,
+    ZERO_DIGEST,
+    EntityType,
+    KeyFlags,
+    KeyHandleValue,
+    ResourceType,
+)
 from protocol.return_codes import ReturnCode, TpmError
 from protocol.structures import ContextBlob, ContextSensitive
 from protocol.wire import U64, DecodeError, Digest, changing, decode, encode, wire
@@ -38,6 +45,8 @@ from tpm12.tpm import Tpm
 from tpm12.wrapping import add_to_slots, check_room
 
 _IV_BYTES: Final = 16
+_INTEGRITY_AT: Final = 30
+"""Where a TPM_CONTEXT_BLOB has its integrityDigest."""
 _CURRENT: Final = b""
 _LEGACY: Final = b"\x01"
 """What stands behind the IV in a context of 1.1 age."""
@@ -392,9 +401,11 @@ def _opened(tpm: Tpm, blob: ContextBlob, *, is_legacy: bool) -> ContextSensitive
 
 
 def _integrity(tpm: Tpm, blob: ContextBlob, clear: bytes) -> bytes:
-    bare = _with_clear_text(blob, ZERO_DIGEST, clear)
-    return hmac_key(tpm.permanent.tpm_proof).mac(encode(bare))
+    """Over the blob with zeros in the place of this and the clear text in the encrypted one's."""
+    whole = encode(blob)
+    between = whole[_INTEGRITY_AT + DIGEST_BYTES : len(whole) - len(clear)]
+    bare = whole[:_INTEGRITY_AT] + ZERO_DIGEST + between + clear
+    return hmac_key(tpm.permanent.tpm_proof).mac(bare)
 
 
 _with_integrity: Final = changing(ContextBlob, "integrity_digest")
-_with_clear_text: Final = changing(ContextBlob, "integrity_digest", "sensitive_data")

@@ -4,8 +4,10 @@ import contextlib
 import hashlib
 import hmac
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -87,6 +89,31 @@ def test_aes_ctr_counts_in_the_last_four_bytes_only():
     counted = aes128_ctr(key, head + b"\xff" * 4, bytes(40))
     assert counted[:16] == aes128_ctr(key, b"\xff" * 16, bytes(16))
     assert counted[16:] == aes128_ctr(key, head + bytes(4), bytes(24))
+
+
+def counter_stream(key: bytes, counter: bytes, size: int) -> bytes:
+    """The key stream by its definition, block after block."""
+    count = number(counter[12:])
+    blocks = [
+        counter[:12] + ((count + i) % (1 << 32)).to_bytes(4, "big") for i in range(-(-size // 16))
+    ]
+    return Cipher(algorithms.AES(key), modes.ECB()).encryptor().update(b"".join(blocks))[:size]
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.binary(min_size=16, max_size=16), st.binary())))
+def test_aes_ctr_is_its_definition_whatever_came_before(calls):
+    """Some ciphers are used again: with another counter, after part of a block, by any of keys."""
+    for key_number, counter, data in calls:
+        key = bytes([key_number]) * 16
+        assert aes128_ctr(key, counter, data) == xor(data, counter_stream(key, counter, len(data)))
+
+
+def test_aes_ctr_in_threads_is_what_it_is_in_one():
+    key, data = b"k" * 16, bytes(1000)
+    counters = [i.to_bytes(16, "big") for i in range(0, 400_000, 1000)]
+    with ThreadPoolExecutor(8) as threads:
+        streams = threads.map(lambda counter: aes128_ctr(key, counter, data), counters)
+        assert list(streams) == [counter_stream(key, counter, 1000) for counter in counters]
 
 
 def test_aes_ofb_known_answer():
