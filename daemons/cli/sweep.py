@@ -19,7 +19,7 @@ from typing import Final
 from daemons.cli.output import print_json, print_line, print_rows
 from daemons.cli.sweep_platform import Platform, Step, kill_children
 from daemons.cli.sweep_trials import CommandTrial, Ended, RecoveryTrial, StartTrial, Trial
-from daemons.errors import Failure
+from daemons.errors import ExitCode, Failure
 from daemons.faults.control import FaultControl
 from daemons.faults.points import (
     MANAGER,
@@ -35,6 +35,7 @@ from daemons.launcher.processes import become_child_subreaper
 from daemons.places import CHIP_NAME
 
 SURVIVED: Final = "survived"
+_NOTHING: Final = "there is nothing to be swept"
 SWEPT: Final = (VTPM, MANAGER, CHIP_NAME)
 """Who is killed."""
 
@@ -142,6 +143,12 @@ class Sweep:
                 place: self._control.counted(place.domain, place.kind) for place in PLACES[kind]
             }
             found += [(number, point) for point in choose_points(counted, None, seed)]
+        if not found:
+            raise Failure(
+                _NOTHING,
+                why=f"without faults it came to no point of the kind '{kind}'",
+                next_step="let it use the TPM whose socket is in TPM_DEVICE, or try --points all",
+            )
         chosen = sample(found, limit, seed)
         outcomes: list[Outcome] = []
         lost = 0
@@ -160,9 +167,17 @@ class Sweep:
         ended = trial.once(NO_FAULTS)
         if ended.wrong or ended.status is None:
             raise Failure(
-                "there is nothing to be swept",
+                _NOTHING,
                 why=ended.wrong or f"it takes longer than {self._patience_s:g} s without faults",
                 next_step="give it more time with --patience, or a smaller task",
+            )
+        if ended.status != ExitCode.DONE:
+            # To fail in the same way at every point would be called survived.
+            said = f": {ended.last_line}" if ended.last_line else ""
+            raise Failure(
+                _NOTHING,
+                why=f"it ends with status {ended.status} without faults{said}",
+                next_step="sweep a command that works, and ends with status 0 when it does",
             )
         return ended
 

@@ -1,9 +1,9 @@
 """Let somebody else use one of the owner's commands, and take it back.
 
-python delegation.py SOCKET, on a TPM without an owner
+vtpm exec guest1 -- python delegation.py, on a TPM without an owner
 """
 
-import sys
+import os
 from pathlib import Path
 
 from daemons.guest.tpm0_client import Tpm0Client
@@ -26,7 +26,7 @@ def read_internal_pub(tpm: TpmClient, blob: bytes) -> int:
     return 8 * len(read.public_portion.pub_key.key)
 
 
-with Tpm0Client(Path(sys.argv[1])) as connection:
+with Tpm0Client(Path(os.environ["TPM_DEVICE"])) as connection:
     tpm = TpmClient(connection.exchange, rng=SystemRng())
     tpm.take_ownership(OWNER)
 

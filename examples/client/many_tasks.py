@@ -1,9 +1,9 @@
 """The same client in a trio program: every method is awaited.
 
-python many_tasks.py SOCKET
+vtpm exec guest1 -- python many_tasks.py
 """
 
-import sys
+import os
 
 import trio
 
@@ -24,4 +24,4 @@ async def main(path: str) -> None:
             await tpm.create_wrap_key(0x0010)
 
 
-trio.run(main, sys.argv[1])
+trio.run(main, os.environ["TPM_DEVICE"])

@@ -1,9 +1,9 @@
 """Define an NV area, write it, read it, lock it until the next start.
 
-python nv_area.py SOCKET, on a TPM without an owner
+vtpm exec guest1 -- python nv_area.py, on a TPM without an owner
 """
 
-import sys
+import os
 from pathlib import Path
 
 from daemons.guest.tpm0_client import Tpm0Client
@@ -15,7 +15,7 @@ from tpm12.client import TpmClient, Use
 AREA = 0x00011101
 SECRET = b"the area's own auth."
 
-with Tpm0Client(Path(sys.argv[1])) as connection:
+with Tpm0Client(Path(os.environ["TPM_DEVICE"])) as connection:
     tpm = TpmClient(connection.exchange, rng=SystemRng())
     tpm.take_ownership()
     # What a platform's maker does last; until then NV areas protect nothing.

@@ -1,10 +1,9 @@
 """Let a TPM say what its PCRs are, and check what it says as somebody far away does.
 
-python quote.py SOCKET, on a TPM without an owner
+vtpm exec guest1 -- python quote.py, on a TPM without an owner
 """
 
 import os
-import sys
 from pathlib import Path
 
 from daemons.guest.tpm0_client import Tpm0Client
@@ -16,7 +15,7 @@ from tpm12.client import TpmClient, composite_hash
 from tpm12.crypto import sha1
 from tpm12.keys import pubkey_of, public_key_of
 
-with Tpm0Client(Path(sys.argv[1])) as connection:
+with Tpm0Client(Path(os.environ["TPM_DEVICE"])) as connection:
     tpm = TpmClient(connection.exchange, rng=SystemRng())
     tpm.take_ownership()
     wrapped = tpm.create_wrap_key(KeyUsage.SIGNING, sig_scheme=SigScheme.RSASSAPKCS1V15_SHA1)

@@ -1,9 +1,9 @@
 """Seal a secret to PCR values: it comes out as long as they are the same.
 
-python seal_to_pcrs.py SOCKET, on a TPM without an owner
+vtpm exec guest1 -- python seal_to_pcrs.py, on a TPM without an owner
 """
 
-import sys
+import os
 from pathlib import Path
 
 from daemons.guest.tpm0_client import Tpm0Client
@@ -11,7 +11,7 @@ from daemons.world import SystemRng
 from protocol.return_codes import TpmError
 from tpm12.client import TpmClient
 
-with Tpm0Client(Path(sys.argv[1])) as connection:
+with Tpm0Client(Path(os.environ["TPM_DEVICE"])) as connection:
     tpm = TpmClient(connection.exchange, rng=SystemRng())
     tpm.take_ownership()
     now = {pcr: tpm.pcr_read(pcr) for pcr in (10, 11)}

@@ -1,10 +1,10 @@
 """Make a signing key, keep it in a file, load it again and sign with it.
 
-python sign.py SOCKET, on a TPM without an owner
+vtpm exec guest1 -- python sign.py, on a TPM without an owner
 """
 
 import hashlib
-import sys
+import os
 import tempfile
 from pathlib import Path
 
@@ -18,7 +18,10 @@ from tpm12.keys import pubkey_of, public_key_of
 
 PASSWORD = hashlib.sha1(b"my password", usedforsecurity=False).digest()
 
-with Tpm0Client(Path(sys.argv[1])) as connection, tempfile.TemporaryDirectory() as folder:
+with (
+    Tpm0Client(Path(os.environ["TPM_DEVICE"])) as connection,
+    tempfile.TemporaryDirectory() as folder,
+):
     tpm = TpmClient(connection.exchange, rng=SystemRng())
     tpm.take_ownership()
     # What comes out is the public part, and the private part encrypted: it can lie anywhere.

@@ -1,10 +1,9 @@
 """Send commands through an encrypted transport session, and have the TPM sign what went through.
 
-python transport.py SOCKET, on a TPM without an owner
+vtpm exec guest1 -- python transport.py, on a TPM without an owner
 """
 
 import os
-import sys
 from pathlib import Path
 
 from daemons.guest.tpm0_client import Tpm0Client
@@ -16,7 +15,7 @@ from tpm12.client_transport import ClientTransport, TransportKey
 from tpm12.crypto import sha1
 from tpm12.keys import pubkey_of, public_key_of
 
-with Tpm0Client(Path(sys.argv[1])) as connection:
+with Tpm0Client(Path(os.environ["TPM_DEVICE"])) as connection:
     rng = SystemRng()
     tpm = TpmClient(connection.exchange, rng=rng)
     tpm.take_ownership()

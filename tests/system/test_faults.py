@@ -95,6 +95,22 @@ def test_a_sweep_has_a_command_or_a_phase(stack, words):
     assert "COMMAND, or --phase" in said.err
 
 
+@pytest.mark.parametrize(
+    ("command", "why"),
+    [
+        (("false",), "it ends with status 1 without faults"),
+        (("sh", "-c", "echo lost >&2; exit 3"), "it ends with status 3 without faults: lost"),
+        (("true",), "without faults it came to no point of the kind 'all'"),
+    ],
+)
+def test_what_fails_anyway_or_does_nothing_is_not_swept(stack, command, why):
+    """At every point it would end as it does without faults, and be said to have survived."""
+    said = stack.vtpm("crashsweep", "--", *command, status=ExitCode.FAILED)
+    assert "there is nothing to be swept" in said.err
+    assert why in said.err
+    assert not said.out
+
+
 def test_a_command_that_is_not_there(stack):
     said = stack.vtpm("crashsweep", "--", "/no/such/program", status=127)
     assert "cannot run /no/such/program" in said.err
