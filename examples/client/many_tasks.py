@@ -1,6 +1,6 @@
 """The same client in a trio program: every method is awaited.
 
-vtpm exec guest1 -- python many_tasks.py
+vtpm exec guest1 -- python many_tasks.py, on a TPM without an owner
 """
 
 import os
