@@ -18,7 +18,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from daemons.listeners import Listener, peer_credentials
@@ -82,29 +83,39 @@ class Signals:
             self._writer.send(bytes([_THREAD_ENDED]))
 
 
-class ThreadService:
-    """Serves the clients of one listener.
+@dataclass(frozen=True, slots=True, eq=False)
+class Door:
+    """Where clients come in.
 
-    Args:
+    Attributes:
         listener: Of stream sockets; closed at the end.
         serve_client: Called in a thread for each client.
-        log: Called with level, event and values of a line.
-        clients_max: More are refused by closing them.
+        clients_max: More at a time are refused by closing them.
     """
 
-    def __init__(
-        self,
-        listener: Listener,
-        serve_client: ServeClient,
-        log: Callable[..., None],
-        *,
-        clients_max: int = CLIENTS_MAX,
-    ) -> None:
-        self._listener = listener
-        self._serve_client = serve_client
+    listener: Listener
+    serve_client: ServeClient
+    clients_max: int = CLIENTS_MAX
+
+
+@dataclass(frozen=True, slots=True)
+class _Client:
+    connection: socket.socket
+    door: Door
+
+
+class ThreadService:
+    """Serves the clients of some doors.
+
+    Args:
+        doors: Where they come in.
+        log: Called with level, event and values of a line.
+    """
+
+    def __init__(self, doors: Sequence[Door], log: Callable[..., None]) -> None:
+        self._doors = doors
         self._log = log
-        self._clients_max = clients_max
-        self._clients: dict[threading.Thread, socket.socket] = {}
+        self._clients: dict[threading.Thread, _Client] = {}
         self._turn = threading.Lock()
         self._bug: BaseException | None = None
         self._wake: Callable[[], None] = lambda: None
@@ -120,10 +131,12 @@ class ThreadService:
         Raises:
             Exception: What `serve_client` raised that is no fault of a client.
         """
-        self._listener.socket.setblocking(False)
         self._wake = signals.wake
         try:
-            with self._listener:
+            with contextlib.ExitStack() as listening:
+                for door in self._doors:
+                    listening.enter_context(door.listener)
+                    door.listener.socket.setblocking(False)
                 notifier.ready()
                 for number in self._accept_until_signal(signals):
                     if number in STOPS:
@@ -140,19 +153,21 @@ class ThreadService:
 
     def _accept_until_signal(self, signals: Signals) -> Iterator[int]:
         """Accept clients for ever, and give each signal that comes in between."""
+        doors = {door.listener.socket.fileno(): door for door in self._doors}
         events = select.poll()
-        events.register(self._listener.socket, select.POLLIN)
+        for descriptor in doors:
+            events.register(descriptor, select.POLLIN)
         events.register(signals, select.POLLIN)
         while True:
             for descriptor, _ in events.poll():
                 if descriptor == signals.fileno():
                     yield from signals.take()
                 else:
-                    self._accept()
+                    self._accept(doors[descriptor])
 
-    def _accept(self) -> None:
+    def _accept(self, door: Door) -> None:
         try:
-            client, _ = self._listener.socket.accept()
+            client, _ = door.listener.socket.accept()
         except OSError as error:
             if error.errno in _OUT_OF_RESOURCES:
                 self._log("error", "cannot accept", reason=error.strerror)
@@ -161,20 +176,30 @@ class ThreadService:
                 raise
             return
         client.setblocking(True)
-        with self._turn:
-            if len(self._clients) >= self._clients_max:
-                client.close()
-                self._log("error", "refused a client", reason="too many are connected")
-                return
-            thread = threading.Thread(target=self._serve, args=(client,), daemon=True)
-            self._clients[thread] = client
-        thread.start()
+        if not self.take(client, door):
+            client.close()
 
-    def _serve(self, client: socket.socket) -> None:
+    def take(self, client: socket.socket, door: Door) -> bool:
+        """Serve a client as if it had come in at a door; from any thread.
+
+        Returns:
+            False: too many have come in there, and it is left to the caller.
+        """
+        with self._turn:
+            open_there = sum(client.door is door for client in self._clients.values())
+            if open_there >= door.clients_max:
+                self._log("error", "refused a client", reason="too many are connected")
+                return False
+            thread = threading.Thread(target=self._serve, args=(client, door), daemon=True)
+            self._clients[thread] = _Client(client, door)
+        thread.start()
+        return True
+
+    def _serve(self, client: socket.socket, door: Door) -> None:
         peer_pid = 0
         try:
             peer_pid = peer_credentials(client).pid
-            self._serve_client(client, peer_pid)
+            door.serve_client(client, peer_pid)
         except PEER_FAULTS as fault:
             reason = str(fault) or type(fault).__name__
             self._log("info", "connection ended by its peer", reason=reason, peer_pid=peer_pid)
@@ -198,4 +223,4 @@ class ThreadService:
         with self._turn:
             for client in self._clients.values():
                 with contextlib.suppress(OSError):
-                    client.shutdown(how)
+                    client.connection.shutdown(how)

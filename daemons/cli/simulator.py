@@ -21,6 +21,12 @@ def parser(program: str) -> argparse.ArgumentParser:
     add = options.add_argument
     add("--socket", metavar="PATH", type=Path, required=True, help="Where the TPM listens.")
     add("--state", metavar="DIR", type=Path, help="Where its memory is kept.")
+    add(
+        "--control",
+        metavar="PATH",
+        type=Path,
+        help="Where swtpm's control channel is, for QEMU and libvirt; else there is none.",
+    )
     add("--journal", action="store_true", help="Goes on after a kill where it was.")
     add("--no-ek", action="store_true", help="As it leaves a factory that makes no key.")
     add("--ephemeral", action="store_true", help="Keep nothing; no --state is needed.")
@@ -73,6 +79,7 @@ def run(chosen: argparse.Namespace, refuse: Callable[[str], Any]) -> int:
             **{name: limit for name, limit in limits.items() if limit is not None},
             state=chosen.state or Path(),
             socket=chosen.socket.absolute(),
+            control=chosen.control and chosen.control.absolute(),
             has_ek=not chosen.no_ek,
             is_ephemeral=chosen.ephemeral,
             has_journal=chosen.journal,

@@ -14,6 +14,7 @@ import pytest
 from daemons.world import SystemRng
 from protocol.constants import CapabilityArea, Ordinal, StartupType
 from protocol.return_codes import ReturnCode, TpmError
+from protocol.swtpm_control import ControlCommand
 from tpm12.client import TpmClient
 
 VTPM = Path(sys.executable).with_name("vtpm")
@@ -56,12 +57,15 @@ def client(folder):
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(30)
         connection.connect(str(folder / "sock"))
+        yield client_over(connection)
 
-        def exchange(request):
-            connection.sendall(request)
-            return connection.recv(4096)
 
-        yield TpmClient(exchange, rng=SystemRng())
+def client_over(connection):
+    def exchange(request):
+        connection.sendall(request)
+        return connection.recv(4096)
+
+    return TpmClient(exchange, rng=SystemRng())
 
 
 def test_any_folder_that_is_not_for_others_to_change_holds_socket_and_state(tmp_path):
@@ -242,3 +246,53 @@ def test_client_that_stops_inside_a_command_is_closed_when_it_was_told(folder):
             assert slow.recv(1) == b""
         with client(folder) as tpm:
             tpm.pcr_read(0)
+
+
+def control(folder):
+    connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(READY_S)
+    connection.connect(str(folder / "control"))
+    return connection
+
+
+def asked(connection, number, operands=b"", descriptors=()):
+    socket.send_fds(connection, [number.to_bytes(4, "big") + operands], descriptors)
+    return connection.recv(100)
+
+
+def test_control_channel_gives_connections_and_power_to_one_at_a_time(folder):
+    """As QEMU uses it; what each request does is in test_swtpm_control.py."""
+    options = ("--ephemeral", "--no-ek", "--control", str(folder / "control"))
+    with running(folder, *options) as process, control(folder) as first:
+        assert asked(first, ControlCommand.INIT, bytes(4)) == bytes(4)
+        with control(folder) as second:
+            assert second.recv(1) == b""
+        ours, given = socket.socketpair()
+        with ours:
+            with given:
+                assert asked(first, ControlCommand.SET_DATAFD, b"", [given.fileno()]) == bytes(4)
+            ours.settimeout(READY_S)
+            tpm = client_over(ours)
+            tpm.startup(StartupType.CLEAR)
+            with client(folder) as the_same:
+                assert the_same.extend(10, b"x" * 20) == tpm.pcr_read(10)
+            assert asked(first, ControlCommand.SHUTDOWN) == bytes(4)
+            assert process.wait(READY_S) == 0
+            assert ours.recv(1) == b""
+
+
+def test_without_room_for_its_control_channel_a_simulator_leaves_no_socket(folder):
+    command = [str(VTPM), "simulator", "--ephemeral", "--socket", str(folder / "sock")]
+    for place, text in (("none/control", "there is no folder"), ("taken", "is in the way")):
+        (folder / "taken").write_text("something else")
+        ended = subprocess.run(
+            [*command, "--control", str(folder / place)],
+            capture_output=True,
+            text=True,
+            timeout=READY_S,
+            check=False,
+        )
+        assert ended.returncode != 0
+        assert text in ended.stderr
+        assert not (folder / "sock").exists()
+    assert (folder / "taken").read_text() == "something else"

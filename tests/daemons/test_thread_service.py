@@ -9,7 +9,7 @@ import pytest
 
 from daemons.listeners import Kind, listen
 from daemons.sd_notify import Notifier
-from daemons.thread_service import STOPS, Signals, ThreadService
+from daemons.thread_service import STOPS, Door, Signals, ThreadService
 
 WAIT_S = 20.0
 
@@ -22,9 +22,8 @@ class Running:
         self.lines = []
         self.hang_ups = []
         self.is_stopping = threading.Event()
-        self._service = ThreadService(
-            listen(self.path, Kind.STREAM), serve_client, self._log, **options
-        )
+        door = Door(listen(self.path, Kind.STREAM), serve_client, **options)
+        self._service = ThreadService([door], self._log)
 
     def _log(self, level, event, **values):
         self.lines.append((level, event, values))
