@@ -119,17 +119,26 @@ class ControlChannel:
             TimeoutError: It stalled there, or did not read.
         """
         set_send_timeout(client, self._stall_s)
-        while True:
+        try:
+            while self._serve_one(client):
+                pass
+        except BlockingIOError as error:
+            raise TimeoutError("did not read its response") from error
+
+    def _serve_one(self, client: socket.socket) -> bool:
+        """Answer one request; False: there is none, the client has closed."""
+        try:
             with _received(client, self._stall_s) as request:
                 if request is None:
-                    return
+                    return False
                 response = encode(self._answer(request))
-            try:
-                client.sendall(response)
-            except BlockingIOError as error:
-                raise TimeoutError("did not read its response") from error
-            if request.number == ControlCommand.SHUTDOWN:
-                self._shut_down()
+        except DecodeError as error:
+            client.sendall(encode(_result(error.code)))
+            raise
+        client.sendall(response)
+        if request.number == ControlCommand.SHUTDOWN:
+            self._shut_down()
+        return True
 
     def _answer(self, request: _Request) -> Any:  # noqa: ANN401 - a wire structure
         command = _COMMANDS.get(request.number)
@@ -183,7 +192,7 @@ def _received(client: socket.socket, stall_s: float) -> Iterator[_Request | None
         if not data:
             yield None
             return
-        if len(data) < _wanted_bytes(client, data):
+        if len(data) < _wanted_bytes(data):
             data = _with_its_rest(client, data, stall_s)
         number = int.from_bytes(data[:_NUMBER_BYTES], "big")
         yield _Request(number, data[_NUMBER_BYTES:], descriptors)
@@ -195,7 +204,7 @@ def _received(client: socket.socket, stall_s: float) -> Iterator[_Request | None
 def _with_its_rest(client: socket.socket, data: bytes, stall_s: float) -> bytes:
     set_receive_timeout(client, stall_s)
     try:
-        while (missing := _wanted_bytes(client, data) - len(data)) > 0:
+        while (missing := _wanted_bytes(data) - len(data)) > 0:
             more = client.recv(missing)
             if not more:
                 raise ConnectionError("closed inside a request")
@@ -206,7 +215,7 @@ def _with_its_rest(client: socket.socket, data: bytes, stall_s: float) -> bytes:
     return data
 
 
-def _wanted_bytes(client: socket.socket, data: bytes) -> int:
+def _wanted_bytes(data: bytes) -> int:
     """How long a request is at least that begins so, as far as that can be said."""
     if len(data) < _NUMBER_BYTES:
         return _NUMBER_BYTES
@@ -218,7 +227,6 @@ def _wanted_bytes(client: socket.socket, data: bytes) -> int:
         return begun
     length = int.from_bytes(data[_NUMBER_BYTES:begun], "big")
     if length > HASH_BYTES_MAX:
-        client.sendall(encode(_result(ReturnCode.BAD_PARAMETER)))
         raise DecodeError(ReturnCode.BAD_PARAMETER, f"{length} bytes in one HASH_DATA")
     return begun + length
 

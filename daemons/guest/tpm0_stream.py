@@ -72,6 +72,12 @@ class Tpm0Stream:
             TimeoutError: The client stalled inside a command or did not read.
         """
         set_send_timeout(client, self._stall_s)
+        try:
+            self._serve(client, peer_pid)
+        except BlockingIOError as error:  # of any send, the last one to who sent no command too
+            raise TimeoutError("did not read its response") from error
+
+    def _serve(self, client: socket.socket, peer_pid: int) -> None:
         framer = CommandFramer(PACKET_BYTES_MAX)
         is_inside = False  # a command; only then is the client's time limited, a limit costs 0.3 us
         wanted = _USUAL_BYTES
@@ -111,10 +117,7 @@ class Tpm0Stream:
         except Failure as failure:
             self._unanswered(failure, peer_pid)
             response = error_response(ReturnCode.IOERROR)
-        try:
-            client.sendall(response)
-        except BlockingIOError as error:
-            raise TimeoutError("did not read its response") from error
+        client.sendall(response)
 
     def _notice_tpm2(self, peer_pid: int) -> None:
         with self._notice:

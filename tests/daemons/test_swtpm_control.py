@@ -17,6 +17,7 @@ from protocol.constants import Ordinal
 from protocol.return_codes import ReturnCode
 from protocol.swtpm_control import HASH_BYTES_MAX, Capability, ControlCommand
 from protocol.wire import DecodeError
+from tests.daemons.guest.test_tpm0_stream import filled
 from tests.tpm12.witness import sha1, u32
 
 WAIT_S = 20
@@ -45,16 +46,16 @@ class Controlled:
         self.has_room = True
         self.shut_downs = 0
         self.ended_by = None
-        self.client, self._server = socket.socketpair()
+        self.client, self.server = socket.socketpair()
         self.client.settimeout(WAIT_S)
         channel = ControlChannel(self.tpm, self._take, self._shut_down, stall_s=STALL_S)
         self._thread = threading.Thread(target=self._serve, args=(channel,))
         self._thread.start()
 
     def _serve(self, channel):
-        with self._server:
+        with self.server:
             try:
-                channel.serve(self._server, os.getpid())
+                channel.serve(self.server, os.getpid())
             except (DecodeError, ConnectionError, TimeoutError) as fault:
                 self.ended_by = fault
 
@@ -80,9 +81,12 @@ class Controlled:
     def ended(self):
         """Close, and give what ended the channel: None, when it was that."""
         self.client.close()
+        self.join()
+        return self.ended_by
+
+    def join(self):
         self._thread.join(WAIT_S)
         assert not self._thread.is_alive()
-        return self.ended_by
 
     def run(self, request):
         return self.tpm.exchange(request)
@@ -271,6 +275,17 @@ def test_too_much_data_at_once_is_refused_and_its_sender_let_go(channel):
     assert channel.code(ControlCommand.HASH_DATA, u32(length)) == ReturnCode.BAD_PARAMETER
     assert channel.client.recv(1) == b""
     assert isinstance(channel.ended(), DecodeError)
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [u32(ControlCommand.STOP), u32(ControlCommand.HASH_DATA) + u32(HASH_BYTES_MAX + 1)],
+)
+def test_who_does_not_read_is_let_go(channel, request_bytes):
+    filled(channel.server)
+    channel.client.sendall(request_bytes)
+    channel.join()
+    assert isinstance(channel.ended_by, TimeoutError)
 
 
 @given(st.lists(st.binary(max_size=40) | st.sampled_from([u32(c) for c in ControlCommand])))
