@@ -217,8 +217,12 @@ class ControlServer:
         unknown = parsed.keys() - {"id", "method", "params"}
         if unknown or "id" not in parsed or "method" not in parsed:
             raise BadRequest("a request has the keys id, method and params, and no other")
+        if not _is_id(parsed["id"]):
+            raise BadRequest("its id is not a number, a string or null")
         name, parameters = parsed["method"], parsed.get("params", {})
-        method = self._methods.get(name) if isinstance(name, str) else None
+        if not isinstance(name, str):
+            raise BadRequest("its method is not a string")
+        method = self._methods.get(name)
         if method is None:
             raise BadRequest(
                 f"there is no method {name!r}", f"There are: {', '.join(sorted(self._methods))}"
@@ -345,7 +349,13 @@ def _number_of(line: bytes) -> object:
         parsed = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return parsed.get("id") if isinstance(parsed, dict) else None
+    number = parsed.get("id") if isinstance(parsed, dict) else None
+    return number if _is_id(number) else None
+
+
+def _is_id(value: object) -> bool:
+    """May it stand in an answer? What is nested so deep that it can just be read may not."""
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _stranger(uid: int) -> Failure:

@@ -149,7 +149,8 @@ async def test_bug_in_a_method_is_an_answer_and_not_the_end(tmp_path):
         (b'{"method": "echo"}', "has the keys id, method and params"),
         (b'{"id": 1, "method": "echo", "extra": 1}', "has the keys id, method and params"),
         (b'{"id": 1, "method": "dance"}', "bug, echo, fail, names, wait"),
-        (b'{"id": 1, "method": ["echo"]}', "there is no method"),
+        (b'{"id": 1, "method": ["echo"]}', "its method is not a string"),
+        (b'{"id": [1], "method": "echo"}', "its id is not a number, a string or null"),
         (b'{"id": 1, "method": "echo"}', "echo needs text"),
         (b'{"id": 1, "method": "echo", "params": [1]}', "not a JSON object"),
         (b'{"id": 1, "method": "echo", "params": {"text": 5}}', "not of type str"),
@@ -167,6 +168,26 @@ async def test_wrong_request_is_answered_and_the_next_one_served(tmp_path, reque
         assert words in str(answer["error"])
         assert answer["error"]["exit_code"] == ExitCode.USAGE
         assert "result" in await line.ask({"id": 2, "method": "echo", "params": {"text": "a"}})
+
+
+@pytest.mark.parametrize(
+    "request_line",
+    [
+        b'{"id": %b, "method": "echo", "params": {"text": "a"}}',
+        b'{"id": %b, "method": "dance"}',
+        b'{"id": 1, "method": %b}',
+        b'{"id": 1, "method": "echo", "params": %b}',
+        b'{"id": 1, "method": "echo", "params": {"text": %b}}',
+        b'{"id": 1, "method": "names", "params": {"names": %b}}',
+    ],
+)
+async def test_what_is_nested_so_deep_that_it_can_just_be_read_harms_nobody(tmp_path, request_line):
+    """Each depth below that of the interpreter: what was read cannot be shown or said again."""
+    async with serving(tmp_path) as desk:
+        line = await desk.connect()
+        for depth in range(800, 1000):
+            answer = await line.ask(request_line % (b"[" * depth + b"]" * depth))
+            assert answer["error"]["exit_code"] == ExitCode.USAGE
 
 
 async def test_optional_parameter_may_be_null(tmp_path):
