@@ -24,9 +24,10 @@ echo
 exec 3>&-
 say pcrs $tpm/pcrs
 
-# To memory and back: the kernel sends TPM_SaveState, the firmware TPM_Startup(ST_STATE).
+# To memory and back: the kernel sends TPM_SaveState, the firmware TPM_Startup(ST_STATE). An alarm that
+# comes before the machine sleeps would not wake it; to get there takes less than a second, as a rule.
 echo deep > /sys/power/mem_sleep
-echo +2 > /sys/class/rtc/rtc0/wakealarm
+echo +8 > /sys/class/rtc/rtc0/wakealarm
 echo mem > /sys/power/state
 printf "\n=== resumed\n%s\n" $?
 say pcrs_afterwards $tpm/pcrs
