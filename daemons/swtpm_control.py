@@ -158,7 +158,7 @@ class ControlChannel:
             return _result(ReturnCode.BAD_PARAMETER)
         with contextlib.ExitStack() as unless_taken:
             connection = unless_taken.enter_context(socket.socket(fileno=descriptors.pop()))
-            if (connection.family, connection.type) != _UNIX_STREAM:
+            if not _is_connected_stream(connection):
                 return _result(ReturnCode.BAD_PARAMETER)
             connection.setblocking(True)
             if not self._take_connection(connection):
@@ -167,7 +167,14 @@ class ControlChannel:
         return _DONE
 
 
-_UNIX_STREAM: Final = (socket.AF_UNIX, socket.SOCK_STREAM)
+def _is_connected_stream(connection: socket.socket) -> bool:
+    if (connection.family, connection.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
+        return False
+    try:
+        connection.getpeername()
+    except OSError:
+        return False
+    return True
 
 
 # -- requests ------------------------------------------------------------------------------------

@@ -206,13 +206,19 @@ def test_connection_that_is_given_is_served(channel):
 
 
 def test_what_is_no_connection_is_not_served(channel):
+    stream, the_other = socket.socketpair()
     with (
         Path("/dev/null").open("rb") as null,
         socket.socket(socket.AF_INET) as inet,
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as datagrams,
-        socket.socket(socket.AF_UNIX) as stream,
+        socket.socket(socket.AF_UNIX) as unconnected,
+        socket.socket(socket.AF_UNIX) as listening,
+        stream,
+        the_other,
     ):
-        files = [null, inet, datagrams]
+        listening.bind(f"\0{listening.fileno()}-{os.getpid()}")
+        listening.listen()
+        files = [null, inet, datagrams, unconnected, listening]
         wrong = [[], [stream.fileno()] * 2, *([each.fileno()] for each in files)]
         for descriptors in wrong:
             code, _ = channel.ask(ControlCommand.SET_DATAFD, b"", descriptors)
