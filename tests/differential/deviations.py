@@ -577,6 +577,26 @@ DEVIATIONS: tuple[Deviation, ...] = (
         ),
     ),
     Deviation(
+        name="a destination that nobody can decrypt for",
+        commands=("MigrateKey",),
+        libtpms="encrypts under an exponent of 0 or 2, and the key is lost",
+        ours="ENCRYPT_ERROR",
+        section="Part 3 §11.4",
+        steps=("tests of migration: test_migrate_key_to_what_has_no_inverse*",),
+    ),
+    Deviation(
+        name="family of the owner pointer",
+        commands=("Delegate_Manage",),
+        libtpms="wants the family of a DSAP session from any session: DELEGATE_FAMILY",
+        ours="the family of the delegation in that row; the owner's own sessions have none",
+        section="Part 3 §19.1, action 6b",
+        steps=(
+            "tests of delegation: test_changes_set_the_owner_pointer_back",
+            "tests of delegation: test_delegate_by_owner_pointer_manages_its_own_family_only",
+            "tests of delegation: test_owners_own_session_is_not_bound_by_the_owner_pointer",
+        ),
+    ),
+    Deviation(
         name="NV offset plus size",
         commands=("NV_ReadValue", "NV_WriteValue", "NV_ReadValueAuth", "NV_WriteValueAuth"),
         libtpms="added in 32 bits: a read past the area ends the process",

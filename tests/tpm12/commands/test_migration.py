@@ -610,15 +610,22 @@ def test_migrate_key_garbage_is_decrypt_error(owned, destination):
         (rsa_parms(1024) + sized(b"\xff" * 128), ReturnCode.ENCRYPT_ERROR),
         (rsa_parms(2048) + sized(b"\xff" * 255 + b"\xfe"), ReturnCode.ENCRYPT_ERROR),
         (rsa_parms(2048) + sized(bytes(256)), ReturnCode.ENCRYPT_ERROR),
-        (rsa_parms(2048, exponent=b"\0") + sized(b"\xff" * 256), ReturnCode.ENCRYPT_ERROR),
-        (rsa_parms(2048, exponent=b"\2") + sized(b"\xff" * 256), ReturnCode.ENCRYPT_ERROR),
     ],
-    ids=["AES", "none", "CTR", "small", "empty", "no room", "even", "zero", "e=0", "e=2"],
+    ids=["AES", "none", "CTR", "small", "empty", "no room", "even", "zero"],
 )
 def test_migrate_key_to_what_cannot_take_it(owned, pubkey, code):
     handle, middle = authority(owned.tpm)
     data = oaep(middle.modulus, bytes(100))
     assert migrate(owned.tpm, handle, pubkey, data).code == code
+
+
+@pytest.mark.parametrize("exponent", [b"\0", b"\2"], ids=["e=0", "e=2"])
+def test_migrate_key_to_what_has_no_inverse(owned, exponent):
+    """What is encrypted so, no private key decrypts: the key inside would be lost."""
+    handle, middle = authority(owned.tpm)
+    destination = rsa_parms(2048, exponent=exponent) + sized(b"\xff" * 256)
+    answer = migrate(owned.tpm, handle, destination, oaep(middle.modulus, bytes(100)))
+    assert answer.code == ReturnCode.ENCRYPT_ERROR
 
 
 # -- the owner decides -----------------------------------------------------------------------------
