@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
@@ -109,9 +108,10 @@ class ControlChannel:
         self._take_connection = take_connection
         self._shut_down = shut_down
         self._stall_s = stall_s
+        self._commands: socket.socket | None = None
 
     def serve(self, client: socket.socket, _peer_pid: int) -> None:
-        """Answer requests until the client closes.
+        """Answer requests until the client closes; what it gave for commands ends with it.
 
         Raises:
             DecodeError: A request whose end cannot be found; the client has been told.
@@ -124,6 +124,8 @@ class ControlChannel:
                 pass
         except BlockingIOError as error:
             raise TimeoutError("did not read its response") from error
+        finally:
+            self._end_commands()
 
     def _serve_one(self, client: socket.socket) -> bool:
         """Answer one request; False: there is none, the client has closed."""
@@ -154,27 +156,44 @@ class ControlChannel:
         return command.does(self._tpm, operands, rest)
 
     def _take(self, descriptors: list[int]) -> ResultOut:
-        if len(descriptors) != 1 or not stat.S_ISSOCK(os.fstat(descriptors[0]).st_mode):
+        if self._commands is not None and self._commands.fileno() != _CLOSED:
+            return _result(ReturnCode.IOERROR)
+        if len(descriptors) != 1:
             return _result(ReturnCode.BAD_PARAMETER)
-        with contextlib.ExitStack() as unless_taken:
-            connection = unless_taken.enter_context(socket.socket(fileno=descriptors.pop()))
-            if not _is_connected_stream(connection):
-                return _result(ReturnCode.BAD_PARAMETER)
-            connection.setblocking(True)
-            if not self._take_connection(connection):
-                return _result(ReturnCode.RESOURCES)
-            unless_taken.pop_all()
+        try:
+            connection = socket.socket(fileno=descriptors[0])
+        except OSError:
+            return _result(ReturnCode.BAD_PARAMETER)
+        descriptors.clear()  # it is the socket's now
+        if not _is_half_of_a_pair(connection):
+            connection.close()
+            return _result(ReturnCode.BAD_PARAMETER)
+        connection.setblocking(True)
+        if not self._take_connection(connection):
+            connection.close()
+            return _result(ReturnCode.RESOURCES)
+        self._commands = connection
         return _DONE
 
+    def _end_commands(self) -> None:
+        """End the connection that this client has given; whoever serves it closes it."""
+        commands, self._commands = self._commands, None
+        if commands is not None:
+            with contextlib.suppress(OSError):
+                commands.shutdown(socket.SHUT_RDWR)
 
-def _is_connected_stream(connection: socket.socket) -> bool:
+
+_CLOSED: Final = -1
+
+
+def _is_half_of_a_pair(connection: socket.socket) -> bool:
+    """Is it what socketpair(2) makes? What has a name may be an end of our own sockets."""
     if (connection.family, connection.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
         return False
     try:
-        connection.getpeername()
-    except OSError:
+        return not connection.getpeername() and not connection.getsockname()
+    except OSError:  # it is not connected
         return False
-    return True
 
 
 # -- requests ------------------------------------------------------------------------------------

@@ -183,7 +183,7 @@ class ThreadService:
         """Serve a client as if it had come in at a door; from any thread.
 
         Returns:
-            False: too many have come in there, and it is left to the caller.
+            False: too many have come in there, or there is no thread for it; it is the caller's.
         """
         with self._turn:
             open_there = sum(client.door is door for client in self._clients.values())
@@ -191,8 +191,12 @@ class ThreadService:
                 self._log("error", "refused a client", reason="too many are connected")
                 return False
             thread = threading.Thread(target=self._serve, args=(client, door), daemon=True)
+            try:
+                thread.start()  # it waits for our turn before it ends
+            except RuntimeError as error:
+                self._log("error", "refused a client", reason=str(error))
+                return False
             self._clients[thread] = _Client(client, door)
-        thread.start()
         return True
 
     def _serve(self, client: socket.socket, door: Door) -> None:

@@ -205,6 +205,19 @@ def test_connection_that_is_given_is_served(channel):
         assert taken.recv(10) == b"through"
 
 
+def test_one_connection_at_a_time_and_it_ends_with_the_channel(channel):
+    ours, given = socket.socketpair()
+    other, another = socket.socketpair()
+    with ours, given, other, another:
+        assert channel.ask(ControlCommand.SET_DATAFD, b"", [given.fileno()]) == (0, b"")
+        code, _ = channel.ask(ControlCommand.SET_DATAFD, b"", [another.fileno()])
+        assert code == ReturnCode.IOERROR
+        channel.connections[0].close()  # as whoever serves it does when its client has left
+        assert channel.ask(ControlCommand.SET_DATAFD, b"", [another.fileno()]) == (0, b"")
+        channel.ended()
+        assert other.recv(1) == b""
+
+
 def test_what_is_no_connection_is_not_served(channel):
     stream, the_other = socket.socketpair()
     with (
@@ -213,13 +226,18 @@ def test_what_is_no_connection_is_not_served(channel):
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as datagrams,
         socket.socket(socket.AF_UNIX) as unconnected,
         socket.socket(socket.AF_UNIX) as listening,
+        socket.socket(socket.AF_UNIX) as named,
         stream,
         the_other,
+        contextlib.ExitStack() as closing,
     ):
         listening.bind(f"\0{listening.fileno()}-{os.getpid()}")
         listening.listen()
-        files = [null, inet, datagrams, unconnected, listening]
-        wrong = [[], [stream.fileno()] * 2, *([each.fileno()] for each in files)]
+        named.connect(listening.getsockname())
+        of_a_path = os.open("/dev/null", os.O_PATH)
+        closing.callback(os.close, of_a_path)
+        files = [null, inet, datagrams, unconnected, listening, named]
+        wrong = [[], [stream.fileno()] * 2, [of_a_path], *([each.fileno()] for each in files)]
         for descriptors in wrong:
             code, _ = channel.ask(ControlCommand.SET_DATAFD, b"", descriptors)
             assert code == ReturnCode.BAD_PARAMETER

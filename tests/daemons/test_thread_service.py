@@ -174,3 +174,27 @@ def test_a_signal_that_came_before_ends_it_at_once(folder):
         os.kill(os.getpid(), signal.SIGTERM)
         running._service.run(signals, Notifier(), lambda: None)
     assert not running.path.exists()
+
+
+def test_client_without_a_thread_is_refused_and_the_others_are_served(folder, monkeypatch):
+    running = Running(folder, echo)
+    start = threading.Thread.start
+
+    def no_room(thread):
+        if thread.daemon:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def act():
+        with running.connect() as one:
+            one.sendall(b"1")
+            assert one.recv(10) == b"1"
+            with monkeypatch.context() as patched:
+                patched.setattr(threading.Thread, "start", no_room)
+                with running.connect() as two:
+                    assert two.recv(1) == b""
+            one.sendall(b"2")
+            assert one.recv(10) == b"2"
+
+    running.run(act)
+    assert ("error", "refused a client", {"reason": "can't start new thread"}) in running.lines
