@@ -285,8 +285,9 @@ class _Launcher:
                 nursery.start_soon(self._stop_on_signal, signals, domains, notifier)
                 await self._ended.wait()
                 # The answer to `stop` is on its way; its client sees the end of the connection
-                # after it.
-                await server.answered()
+                # after it. Who asks more now, or reads nothing, does not hold the end up.
+                with trio.move_on_after(self._settings.control_send_s):
+                    await server.answered()
                 self._spawner.close()
                 with trio.move_on_after(self._settings.supervisor.drain_s):
                     await self._spawner.ended()

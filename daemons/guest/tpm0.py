@@ -17,7 +17,6 @@ Leaves to others: answering a client's commands (`tpm0_stream`), the ring (`ring
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -99,8 +98,8 @@ def _log_unanswered(failure: Failure, peer_pid: int) -> None:
 
 @contextmanager
 def _blocking(connection: Connection) -> Iterator[socket.socket]:
-    """A blocking view of an accepted connection, for a worker thread."""
-    client = socket.socket(fileno=os.dup(connection.socket.fileno()))
+    """An accepted connection for a worker thread: the same descriptor, a second may be lacking."""
+    client = socket.socket(fileno=connection.socket.detach())
     try:
         client.setblocking(True)
         yield client

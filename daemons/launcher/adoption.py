@@ -24,7 +24,7 @@ import trio
 from daemons.errors import ExitCode, Failure
 from daemons.journal import boot_id
 from daemons.launcher.last_words import read_last_words
-from daemons.launcher.processes import is_alive, is_stopped, send_signal
+from daemons.launcher.processes import is_alive, is_stopped, open_process, send_signal
 from daemons.launcher.ready_marks import contradictions
 from daemons.launcher.supervisor import Launched
 from daemons.lean_structlog import structlog
@@ -60,8 +60,8 @@ class AdoptedProcess:
 
     async def wait(self) -> int | None:
         """Wait for its end; how it ended is for its parent to see."""
-        with contextlib.suppress(ProcessLookupError):
-            handle = os.pidfd_open(self.pid)
+        handle = open_process(self.pid)
+        if handle is not None:
             try:
                 if is_alive(self.pid, self.start_time):
                     await trio.lowlevel.wait_readable(handle)

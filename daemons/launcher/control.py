@@ -17,6 +17,7 @@ Invariants:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -36,6 +37,8 @@ LINE_BYTES_MAX: Final = 2 * 1024 * 1024
 """A config file of 256 Ki characters fits, however JSON escapes them."""
 CONNECTIONS_MAX: Final = 64
 REQUESTS_PER_CONNECTION_MAX: Final = 16
+ENTRIES_MAX: Final = 2048
+"""Of a list; more than there can be domains."""
 RECEIVE_BYTES: Final = 16_384
 SEND_S: Final = 5.0
 """A client that does not read for so long has left."""
@@ -54,10 +57,16 @@ class Parameter:
     is_required: bool = True
 
     def accepts(self, given: object) -> bool:
-        """Tell whether a JSON value may be this parameter; true and false are no numbers."""
+        """Tell whether a JSON value may be this parameter.
+
+        True and false are no numbers, half a character is no text, and lists are of texts.
+        """
         if isinstance(given, bool) and self.type is not bool:
             return False
-        if isinstance(given, list) and not all(isinstance(entry, str) for entry in given):
+        if isinstance(given, list):
+            is_short = len(given) <= ENTRIES_MAX
+            return is_short and self.type is list and all(_is_text(entry) for entry in given)
+        if isinstance(given, str) and not _is_text(given):
             return False
         return isinstance(given, self.type)
 
@@ -169,16 +178,16 @@ class ControlServer:
                 why = f"{self._connections_max} clients have requests under way already"
                 await client.send_failure(None, BadRequest(why, "Wait until one of them is done"))
                 return
-            with trio.CancelScope() as scope:
-                self._clients[client] = scope
-                try:
-                    await self._serve_client(client)
-                except (trio.BrokenResourceError, trio.ClosedResourceError):
-                    pass  # it left; what it asked for goes on
-                finally:
-                    self._clients.pop(client, None)
-            # Answers still to come keep the stream open, unless nobody reads them.
-            await client.all_answered()
+            try:
+                with trio.CancelScope() as scope:
+                    self._clients[client] = scope
+                    # One that left: what it asked for goes on.
+                    with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                        await self._serve_client(client)
+                # Answers still to come keep the stream open, unless nobody reads them.
+                await client.all_answered()
+            finally:
+                self._clients.pop(client, None)
 
     def _end_an_idle_one(self) -> bool:
         """Make room: who waits for nothing loses nothing, and may come again.
@@ -351,6 +360,14 @@ def _number_of(line: bytes) -> object:
         return None
     number = parsed.get("id") if isinstance(parsed, dict) else None
     return number if _is_id(number) else None
+
+
+def _is_text(value: object) -> bool:
+    """Is it a string that can be written to a file? JSON can say half of a character."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def _is_id(value: object) -> bool:

@@ -33,7 +33,7 @@ from daemons.launcher.launching import (
     write_config,
 )
 from daemons.launcher.process_states import RESTING, State
-from daemons.launcher.processes import is_alive
+from daemons.launcher.processes import is_alive, open_process
 from daemons.launcher.ready_marks import was_ready
 from daemons.launcher.stack import DOMAINS_MAX, Stack
 from daemons.launcher.supervisor import Launched, Supervisor
@@ -94,15 +94,19 @@ class Domains:
             config.on_crash,
         )
         domain.supervisor = supervisor
+        self._stack.registry.put(domain.record(None, None))
         self._stack.domains[config.name] = domain
         for warning in config.warnings:
             log.warning("config", domain=config.name, warning=warning)
-        self._stack.registry.put(domain.record(None, None))
         self._stack.changes.announce()
         if not paused:
             # From now on it is there, also for another launcher.
-            self._stack.places.make_private(self._stack.places.domain(config.name).directory)
-            write_config(self._stack, domain)
+            try:
+                self._stack.places.make_private(self._stack.places.domain(config.name).directory)
+                write_config(self._stack, domain)
+            except BaseException:
+                self._forget(domain)
+                raise
             self._stack.nursery.start_soon(self._live, domain)
             await self._until_ready(progress, domain)
         return domain
@@ -181,7 +185,7 @@ class Domains:
         """
         config = parse_domain(config_text, "the external guest's config")
         start_time = start_time_of(pid)
-        if start_time is None:
+        if start_time is None or not is_alive(pid, start_time):
             raise _cannot(f"attach process {pid} as {config.name}", "there is no such process")
         if os.stat(f"/proc/{pid}").st_uid != os.geteuid():  # noqa: PTH116 - one field of it
             raise _cannot(
@@ -199,8 +203,8 @@ class Domains:
                 why = f"its vTPM {backend.name} is {backend.shown_state}"
                 raise _cannot(f"attach process {pid} as {config.name}", why)
         domain.external = (pid, start_time)
-        self._stack.domains[config.name] = domain
         self._stack.registry.put(domain.record(pid, start_time))
+        self._stack.domains[config.name] = domain
         self._stack.nursery.start_soon(self._forget_when_gone, domain)
         self._stack.changes.announce()
         return domain
@@ -506,16 +510,13 @@ class Domains:
     async def _forget_when_gone(self, domain: Domain) -> None:
         assert domain.external is not None
         pid, start_time = domain.external
-        try:
-            handle = os.pidfd_open(pid)
-        except ProcessLookupError:
-            self._forget(domain)
-            return
-        try:
-            if is_alive(pid, start_time):
-                await trio.lowlevel.wait_readable(handle)
-        finally:
-            os.close(handle)
+        handle = open_process(pid)
+        if handle is not None:
+            try:
+                if is_alive(pid, start_time):
+                    await trio.lowlevel.wait_readable(handle)
+            finally:
+                os.close(handle)
         self._forget(domain)
 
 

@@ -94,12 +94,24 @@ async def _spawn(stack: Stack, chip: Chip, domain: Domain) -> Launched:
 
 
 def write_config(stack: Stack, domain: Domain) -> None:
-    """Write the domain's copy of its config, whole or not at all."""
+    """Write the domain's copy of its config, whole or not at all.
+
+    Raises:
+        Failure: There is no room for it.
+    """
     path = stack.places.domain(domain.name).config
     beside = path.with_name(path.name + ".new")
-    beside.write_text(domain.effective_config_text, encoding="utf-8")
-    beside.chmod(0o600)
-    beside.rename(path)
+    try:
+        beside.write_text(domain.effective_config_text, encoding="utf-8")
+        beside.chmod(0o600)
+        beside.rename(path)
+    except OSError as error:
+        raise Failure(
+            f"cannot keep the config of {domain.name}",
+            why=f"{path}: {(error.strerror or str(error)).lower()}",
+            next_step="`vtpm doctor` shows how much room there is",
+            exit_code=ExitCode.IO_ERROR,
+        ) from error
 
 
 def _has_config(stack: Stack, domain: Domain) -> bool:

@@ -18,7 +18,7 @@ from typing import Final
 from daemons.instance_lock import InstanceLock
 from daemons.launcher.adoption import forget_power
 from daemons.launcher.domain import STOP_ORDER
-from daemons.launcher.processes import is_alive, send_signal
+from daemons.launcher.processes import is_alive, open_process, send_signal
 from daemons.launcher.ready_marks import Serving, who_has_served, who_serves
 from daemons.places import CHIP_NAME, Places
 from daemons.registry import Registry, RegistryWriter, Role
@@ -120,8 +120,9 @@ def _end_together(processes: Sequence[Serving], drain_s: float) -> None:
         try:
             for each in processes:
                 if send_signal(each.pid, each.start_time, number):
-                    with contextlib.suppress(ProcessLookupError):
-                        handles.append(os.pidfd_open(each.pid))
+                    handle = open_process(each.pid)
+                    if handle is not None:
+                        handles.append(handle)
                     send_signal(each.pid, each.start_time, signal.SIGCONT)
             if _all_end(handles, patience_s):
                 return

@@ -7,6 +7,7 @@ A pid alone says little: it is given out again. A process is named by its pid an
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import select
 import signal
@@ -19,11 +20,30 @@ _STOPPED = "T"
 """In /proc/PID/stat: by a signal, as SIGSTOP is."""
 
 
+_NO_PROCESS = {errno.ESRCH, errno.ENOENT, errno.EINVAL}
+"""What pidfd_open says of a number that no process has; the last two, when a thread has it."""
+
+
+def open_process(pid: int) -> int | None:
+    """Open a handle of a process (a pidfd), or give None when no process has this number.
+
+    Raises:
+        OSError: There is no room for another descriptor.
+    """
+    try:
+        return os.pidfd_open(pid)
+    except (ValueError, OverflowError):
+        return None
+    except OSError as error:
+        if error.errno in _NO_PROCESS:
+            return None
+        raise
+
+
 def is_alive(pid: int, start_time: int) -> bool:
     """Tell whether exactly this process runs: no later one with its number, no unreaped remains."""
-    try:
-        handle = os.pidfd_open(pid)
-    except (ProcessLookupError, ValueError):
+    handle = open_process(pid)
+    if handle is None:
         return False
     try:
         return not _has_ended(handle) and start_time_of(pid) == start_time
@@ -46,9 +66,8 @@ def send_signal(pid: int, start_time: int, number: signal.Signals) -> bool:
     Raises:
         PermissionError: It belongs to somebody else.
     """
-    try:
-        handle = os.pidfd_open(pid)
-    except ProcessLookupError:
+    handle = open_process(pid)
+    if handle is None:
         return False
     try:
         # The handle is held now, so the number cannot change its owner between the two lines.

@@ -273,8 +273,16 @@ class Spawner:
             Failure: The program is unknown or cannot be imported, the fork failed, or nobody
                 answered in time.
         """
-        gate_out, gate_in = os.pipe2(os.O_CLOEXEC)
-        null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            gate_out, gate_in = os.pipe2(os.O_CLOEXEC)
+        except OSError as error:
+            raise _no_descriptors(order, error) from error
+        try:
+            null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            os.close(gate_out)
+            os.close(gate_in)
+            raise _no_descriptors(order, error) from error
         try:
             # Each fork server has that long: the next one must not pay for one that was killed.
             with trio.move_on_after(SPAWN_DEADLINE_S) as deadline:
@@ -442,3 +450,12 @@ def open_log(path: Path, bytes_max: int) -> IO[bytes]:
             exit_code=ExitCode.IO_ERROR,
         ) from error
     return os.fdopen(descriptor, "ab", buffering=0)
+
+
+def _no_descriptors(order: Order, error: OSError) -> Failure:
+    return Failure(
+        f"cannot start {order.title}",
+        why=(error.strerror or str(error)).lower(),
+        next_step="`vtpm status` shows what runs; who has the launcher's sockets open, `ss -xp`",
+        exit_code=ExitCode.IO_ERROR,
+    )

@@ -59,8 +59,8 @@ class Stack:
             Failure: There is none.
         """
         domain = self.domains.get(name_or_domid)
-        if domain is None and name_or_domid.isdecimal():
-            by_domid = (d for d in self.domains.values() if d.domid == int(name_or_domid))
+        if domain is None:
+            by_domid = (d for d in self.domains.values() if str(d.domid) == name_or_domid)
             domain = next(by_domid, None)
         if domain is None:
             raise Failure(

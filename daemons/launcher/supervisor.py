@@ -19,6 +19,7 @@ import signal
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final
 
 import trio
 
@@ -272,7 +273,15 @@ class Supervisor:
 
         async def launch() -> None:
             nonlocal launched
-            launched = await self._launch()
+            try:
+                launched = await self._launch()
+            except OSError as error:  # one domain's trouble is not the end of the others
+                raise Failure(
+                    f"cannot start {self.name}",
+                    why=(error.strerror or str(error)).lower(),
+                    next_step="`vtpm doctor` shows what there is; then: vtpm up",
+                    exit_code=ExitCode.IO_ERROR,
+                ) from error
 
         self.failure = None
         try:
@@ -450,10 +459,13 @@ class Supervisor:
         self._changes.announce()
 
 
+_NO_ROOM: Final = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+
+
 def _is_about_room(failure: Failure) -> bool:
-    """Whether it would not have happened if the disk, or a quota, were not used up."""
+    """Whether it would not have happened if a disk, a quota or descriptors were not used up."""
     cause = failure.__cause__
-    return isinstance(cause, OSError) and cause.errno in {errno.ENOSPC, errno.EDQUOT}
+    return isinstance(cause, OSError) and cause.errno in _NO_ROOM
 
 
 def describe_exit(status: int | None) -> str:

@@ -248,7 +248,7 @@ def parse_vtpm(spec: str) -> VtpmSpec:
         place = at + len(key) + 1
         if key == "uuid":
             parse_uuid(value, place)
-        elif not value.isdigit():
+        elif not (value.isascii() and value.isdigit()):
             _check_name(value, place)
         given[key] = value
     if "backend" not in given:

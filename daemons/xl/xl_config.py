@@ -31,6 +31,8 @@ from typing import Final
 from daemons.errors import ExitCode, Failure
 
 CONFIG_CHARACTERS_MAX: Final = 256 * 1024
+ADDITIONS_MAX: Final = 1000
+"""Each += copies what there is."""
 LIST_DEPTH_MAX: Final = 16
 NUMBER_DIGITS_MAX: Final = 24
 EXCERPT_COLUMNS_MAX: Final = 100
@@ -242,6 +244,7 @@ class _Parser:
         self._line_start = 0
         self._settings: dict[str, Setting] = {}
         self._repeated: list[Setting] = []
+        self._additions = 0
 
     def file(self) -> XlConfig:
         if len(self._text) > CONFIG_CHARACTERS_MAX:
@@ -268,6 +271,9 @@ class _Parser:
     def _store(self, new: Setting) -> None:
         old = self._settings.pop(new.name, None)
         if old is not None and new.is_added:
+            self._additions += 1
+            if self._additions > ADDITIONS_MAX:
+                raise self._error(f"there are more than {ADDITIONS_MAX} +=", new.position)
             try:
                 new = replace(new, value=_joined(old.value, new.value))
             except WrongTextError as wrong:

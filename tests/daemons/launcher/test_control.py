@@ -15,6 +15,7 @@ from daemons.errors import ExitCode, Failure
 from daemons.launcher import control
 from daemons.launcher.control import (
     CONNECTIONS_MAX,
+    ENTRIES_MAX,
     LINE_BYTES_MAX,
     REQUESTS_PER_CONNECTION_MAX,
     ControlServer,
@@ -159,6 +160,13 @@ async def test_bug_in_a_method_is_an_answer_and_not_the_end(tmp_path):
         (b'{"id": 1, "method": "echo", "params": {"text": "a", "x": 1}}', "text, [count]"),
         (b'{"id": 1, "method": "wait", "params": {"x": 1}}', "no parameters"),
         (b'{"id": 1, "method": "names", "params": {"names": [1]}}', "not of type list"),
+        (b'{"id": 1, "method": "names", "params": {"names": ["\\ud800"]}}', "not of type list"),
+        (
+            b'{"id": 1, "method": "names", "params": {"names": [%b]}}'
+            % b",".join([b'"a"'] * (ENTRIES_MAX + 1)),
+            "not of type list",
+        ),
+        (b'{"id": 1, "method": "echo", "params": {"text": "\\ud800"}}', "not of type str"),
     ],
 )
 async def test_wrong_request_is_answered_and_the_next_one_served(tmp_path, request_line, words):
@@ -295,6 +303,25 @@ async def test_clients_are_limited(tmp_path):
         assert "under way already" in (await one_more.receive())["error"]["why"]
         for line in lines:
             await line.stream.aclose()
+        await wait_all_tasks_blocked()
+        again = await desk.connect()
+        assert "error" in await again.ask({"id": 1, "method": "fail"})
+
+
+async def test_clients_that_have_closed_their_sending_side_count_until_they_have_their_answers(
+    tmp_path,
+):
+    async with serving(tmp_path) as desk:
+        lines = [await desk.connect() for _ in range(CONNECTIONS_MAX)]
+        for line in lines:
+            await line.ask({"id": 1, "method": "wait"})
+            await line.stream.send_eof()
+        await wait_all_tasks_blocked()
+        one_more = await desk.connect()
+        assert "under way already" in (await one_more.receive())["error"]["why"]
+        desk.gate.set()
+        for line in lines:
+            assert (await line.receive())["result"] == "waited"
         await wait_all_tasks_blocked()
         again = await desk.connect()
         assert "error" in await again.ask({"id": 1, "method": "fail"})

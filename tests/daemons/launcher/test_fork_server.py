@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import threading
 import time
 from collections.abc import Callable
 from contextlib import asynccontextmanager
@@ -300,6 +301,20 @@ async def test_spawn_is_quick_and_a_child_is_small(tmp_path):
 def test_signal_does_not_reach_a_later_process_with_the_same_number():
     assert not send_signal(os.getpid(), start_time_of(os.getpid()) + 1, signal.SIGKILL)
     assert not is_alive(os.getpid(), start_time_of(os.getpid()) + 1)
+
+
+def test_a_thread_s_number_is_no_process():
+    ended = threading.Event()
+    thread = threading.Thread(target=ended.wait)
+    thread.start()
+    try:
+        number = thread.native_id
+        assert start_time_of(number) is not None
+        assert not is_alive(number, start_time_of(number))
+        assert not send_signal(number, start_time_of(number), signal.SIGKILL)
+    finally:
+        ended.set()
+        thread.join()
 
 
 def test_log_that_has_grown_too_long_is_put_aside(tmp_path):

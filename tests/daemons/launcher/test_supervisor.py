@@ -189,7 +189,7 @@ def without_room(number):
     return failure
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENOMEM])
 async def test_who_has_served_is_started_when_there_is_room_again(autojump_clock, number):
     async with staged() as stage:
         await stage.ready(1)
@@ -206,6 +206,13 @@ async def test_who_has_served_is_started_when_there_is_room_again(autojump_clock
 async def test_who_has_never_served_is_told_that_there_is_no_room(autojump_clock):
     async with staged(failure=without_room(errno.ENOSPC)) as stage:
         await stage.until(State.FAILED)
+
+
+async def test_error_of_the_system_at_a_launch_is_that_domain_s_failure(autojump_clock):
+    async with staged(failure=OSError(errno.EMFILE, "Too many open files")) as stage:
+        await stage.until(State.FAILED)
+        assert stage.supervisor.failure.why == "too many open files"
+        assert stage.supervisor.failure.exit_code is ExitCode.IO_ERROR
 
 
 async def test_what_room_would_not_mend_is_final(autojump_clock):

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from daemons.errors import ExitCode, Failure
 from daemons.xl.xl_config import (
+    ADDITIONS_MAX,
     CONFIG_CHARACTERS_MAX,
     LIST_DEPTH_MAX,
     ConfigError,
@@ -67,6 +68,7 @@ def test_parse_well_formed_text_gives_its_values(text, expected):
         ("memory=\n", 1, 8, "was expected here"),
         ("name=guest1", 1, 6, "string in quotes"),
         ("name", 1, 5, "= was expected"),
+        ("a+='x'\n" * (ADDITIONS_MAX + 2), ADDITIONS_MAX + 2, 1, "more than 1000 +="),
         ("Name='x'", 1, 1, "lower case"),
         ("a=1 b=2", 1, 5, "end of the line"),
         ("\n\n a='x\n'", 3, 4, "no closing '"),
