@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import NoDigestInfo, Prehas
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 
 from protocol.constants import DIGEST_BYTES, OAEP_LABEL
+from protocol.return_codes import ReturnCode, TpmError
 from tpm12.ports import Rng
 from tpm12.primes import rsa_primes
 
@@ -152,6 +153,11 @@ class DecryptionError(Exception):
     """A ciphertext does not decrypt under this key and padding; no more is said, on purpose."""
 
 
+_MODULUS_BYTES_MAX: Final = 2048
+_EXPONENT_BITS_MAX: Final = 64
+"""OpenSSL's own limits, of which the second holds from 3072 bits on there."""
+
+
 class RsaPublicKey:
     """An RSA public key; sizes in bytes unless named otherwise."""
 
@@ -199,8 +205,14 @@ class RsaPublicKey:
         return self._loaded().encrypt(plaintext, _PKCS1)
 
     def encrypt_block(self, block: bytes) -> bytes:
-        """RSA of a block that is padded already; as many bytes as the modulus has."""
+        """RSA of a block that is padded already; as many bytes as the modulus has.
+
+        Raises:
+            ValueError: The key is none, or larger than OpenSSL's may be.
+        """
         modulus = int.from_bytes(self.modulus, "big")
+        if self.size > _MODULUS_BYTES_MAX or self.exponent >> _EXPONENT_BITS_MAX or not modulus:
+            raise ValueError("no RSA key that OpenSSL takes, and one that takes seconds")
         number = pow(int.from_bytes(block, "big"), self.exponent, modulus)
         return number.to_bytes(self.size, "big")
 
@@ -235,8 +247,8 @@ class RsaPrivateKey:
         """Derive the key from its modulus and one prime.
 
         Whoever knows a storage key's public part can make a blob that it decrypts, so the numbers
-        are not to be trusted: what passes here, OpenSSL computes with, and does not refuse. That
-        the two factors are primes is not checked; with others, results are wrong, that is all.
+        are not to be trusted. That the two factors are primes is not checked, it would take longer
+        than anything else about a key; with others, results are wrong, or OpenSSL finds none.
 
         Raises:
             ValueError: The prime does not divide the modulus, the modulus starts with a zero bit,
@@ -311,18 +323,31 @@ class RsaPrivateKey:
             raise DecryptionError from error
 
     def sign_sha1(self, digest: bytes) -> bytes:
-        """RSASSA-PKCS1-v1_5 over a SHA-1 digest of 20 bytes."""
-        return self._loaded().sign(digest, _PKCS1, _PREHASHED)
+        """RSASSA-PKCS1-v1_5 over a SHA-1 digest of 20 bytes.
+
+        Raises:
+            TpmError: BAD_KEY_PROPERTY, as `sign_der`.
+        """
+        return self._signed(digest, _PREHASHED)
 
     def sign_der(self, digest_info: bytes) -> bytes:
         """PKCS#1 v1.5 type 1 around the caller's bytes as they are.
 
         Raises:
             ValueError: The bytes are none or more than the modulus size - 11.
+            TpmError: BAD_KEY_PROPERTY when the factors turn out to be no primes.
         """
         if not 0 < len(digest_info) <= self.public.size - PKCS1_OVERHEAD_BYTES:
             raise ValueError("no size for PKCS#1 v1.5")
-        return self._loaded().sign(digest_info, _PKCS1, _NO_DIGEST_INFO)
+        return self._signed(digest_info, _NO_DIGEST_INFO)
+
+    def _signed(self, data: bytes, of: Prehashed | NoDigestInfo) -> bytes:
+        try:
+            return self._loaded().sign(data, _PKCS1, of)
+        except ValueError as error:
+            # A key from outside may have a modulus of many small factors: now and then OpenSSL then
+            # finds no number to blind it with. Whoever made the key knows why.
+            raise TpmError(ReturnCode.BAD_KEY_PROPERTY, "a key that is no RSA key") from error
 
 
 _OAEP = padding.OAEP(

@@ -11,6 +11,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from protocol.return_codes import ReturnCode, TpmError
 from tests.tpm12.conftest import CountingRng, PooledPrimes
 from tests.tpm12.witness import is_signature, number
 from tests.tpm12.witness import sha1 as plain_sha1
@@ -89,6 +90,42 @@ def test_aes_ctr_counts_in_the_last_four_bytes_only():
     counted = aes128_ctr(key, head + b"\xff" * 4, bytes(40))
     assert counted[:16] == aes128_ctr(key, b"\xff" * 16, bytes(16))
     assert counted[16:] == aes128_ctr(key, head + bytes(4), bytes(24))
+
+
+def factors_of_small_primes(bits):
+    """Two odd numbers of so many bits whose product has nearly every small prime, and no others."""
+    factors = [1, 1]
+    for prime in filter(is_small_prime, range(3, 2000)):
+        smaller = factors.index(min(factors))
+        if prime != 65537 and (factors[smaller] * prime).bit_length() < bits - 16:
+            factors[smaller] *= prime
+    while True:
+        # Filled up to nearly all ones, so that the product has all of its bits.
+        p, q = (
+            f * (((1 << bits) - (1 << bits - 3)) // f + 2 * n | 1) for n, f in enumerate(factors)
+        )
+        if math.gcd(p, q) == 1 and math.gcd(65537, (p - 1) * (q - 1)) == 1:
+            return p, q
+        factors[0] //= next(prime for prime in (3, 7, 11, 13, 17, 19) if not factors[0] % prime)
+
+
+def is_small_prime(number):
+    return all(number % divisor for divisor in range(2, math.isqrt(number) + 1))
+
+
+def test_key_of_many_small_factors_is_refused_when_openssl_cannot_use_it():
+    """Anybody who knows a storage key's public part can make such a key: a guest, for its vTPM."""
+    p, q = factors_of_small_primes(1024)
+    modulus, prime = (p * q).to_bytes(256, "big"), p.to_bytes(128, "big")
+    seen = set()
+    for _ in range(20_000):  # one in some hundreds
+        key = RsaPrivateKey.from_prime(modulus, prime, 65537)
+        try:
+            key.sign_sha1(bytes(20))
+        except TpmError as error:
+            seen.add(error.code)
+            break
+    assert seen == {ReturnCode.BAD_KEY_PROPERTY}
 
 
 def counter_stream(key: bytes, counter: bytes, size: int) -> bytes:
