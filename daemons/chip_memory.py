@@ -84,10 +84,10 @@ def make_chip_memory(path: Path) -> None:
     Raises:
         Failure: The file cannot be made.
     """
-    if path.exists() or path.is_symlink():
-        return
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
+        if path.exists() or path.is_symlink():
+            return
         descriptor = os.open(path, flags, 0o600)
         try:
             os.posix_fallocate(descriptor, 0, FILE_BYTES)

@@ -27,7 +27,6 @@ it, see `Fate.ROLLED_BACK` in `protocol/tpmif.py`.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hmac
 import mmap
@@ -286,9 +285,20 @@ def missing(path: Path) -> Failure:
 
 
 def remove_journal(path: Path) -> None:
-    """Take away what an earlier process left, if anything."""
-    with contextlib.suppress(FileNotFoundError):
-        path.unlink()
+    """Take away what an earlier process left, if anything.
+
+    Raises:
+        Failure: It stays.
+    """
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise Failure(
+            f"cannot remove the journal {path}",
+            why=(error.strerror or str(error)).lower(),
+            next_step="Remove what is there by hand",
+            exit_code=ExitCode.IO_ERROR,
+        ) from error
 
 
 def _file_key(key: bytes, salt: bytes) -> bytes:

@@ -106,6 +106,20 @@ class DomainPlaces:
         return self.directory / "domain.cfg"
 
 
+def _resolved(root: Path) -> Path:
+    """The root without symlinks and dots.
+
+    Raises:
+        BadPlace: It has no end, or is no text: config files and logs name what is below it.
+    """
+    try:
+        str(root).encode()
+        return root.resolve()
+    except (OSError, RuntimeError, UnicodeEncodeError) as error:
+        why = "its path is not UTF-8" if isinstance(error, UnicodeEncodeError) else str(error)
+        raise BadPlace("the root cannot be used", why=why, next_step="Give a plain path") from error
+
+
 @dataclass(frozen=True, slots=True)
 class Places:
     """All paths of one installation.
@@ -144,13 +158,13 @@ class Places:
                 raise BadPlace(
                     "the root cannot be used", why="it holds a NUL", next_step="Give a plain path"
                 )
-            return cls(Path(chosen).resolve())
+            return cls(_resolved(Path(chosen)))
         if (os.geteuid() if uid is None else uid) == 0:
             return cls(Path("/"))
         # The XDG Base Directory Specification says that a relative value is to be ignored.
         state_home = environ.get("XDG_STATE_HOME", "")
         if state_home.startswith("/"):
-            return cls((Path(state_home) / "vtpm").resolve())
+            return cls(_resolved(Path(state_home) / "vtpm"))
         home = environ.get("HOME", "")
         if not home.startswith("/"):
             raise BadPlace(
@@ -158,7 +172,7 @@ class Places:
                 why="neither --root, VTPM_ROOT, XDG_STATE_HOME nor HOME names a directory",
                 next_step="Give one with --root DIR",
             )
-        return cls((Path(home) / ".local" / "state" / "vtpm").resolve())
+        return cls(_resolved(Path(home) / ".local" / "state" / "vtpm"))
 
     @property
     def run(self) -> Path:

@@ -20,11 +20,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import gc
 import os
 import signal
 import socket
+import stat
 import struct
 import traceback
 from collections.abc import Sequence
@@ -56,6 +58,8 @@ SEEDED: Final = dataclasses.replace(CHIP, manufacturer=b"SEED", is_repeatable=Tr
 """A TPM whose secrets anyone can compute again says so to whoever asks for its maker."""
 _MEMORY: Final = "tpm.nv"
 _JOURNAL: Final = "journal"
+_SEED_BYTES_MAX: Final = 5000
+"""As long as an integer may be for Python."""
 _STARTUP: Final = Ordinal.STARTUP.to_bytes(4, "big")
 _HEADER: Final = struct.Struct(">HII")
 _RESET_ESTABLISHMENT: Final = _HEADER.pack(
@@ -295,13 +299,20 @@ def _keep_seed(options: Options) -> None:
     """
     noted = options.state / "seed"
     wanted = "" if options.seed is None else str(options.seed)
-    if not (options.state / _MEMORY).exists():
-        if wanted:
-            noted.write_text(wanted)
-        else:
+    try:
+        if not (options.state / _MEMORY).exists():
             noted.unlink(missing_ok=True)
-        return
-    made_with = noted.read_text() if noted.exists() else ""
+            if wanted:
+                noted.write_text(wanted)
+            return
+        made_with = _small_file(noted).decode("ascii", errors="replace")
+    except OSError as error:
+        raise Failure(
+            f"cannot keep a TPM in {options.state}",
+            why=f"{error.filename or noted}: {(error.strerror or str(error)).lower()}",
+            next_step="Look at the folder's owner and mode, and at what lies there.",
+            exit_code=ExitCode.IO_ERROR,
+        ) from error
     if made_with != wanted:
         told = f"with --seed {made_with}" if made_with else "without a seed"
         raise Failure(
@@ -311,6 +322,18 @@ def _keep_seed(options: Options) -> None:
             next_step="Start it as it was made, or give --state another folder.",
             exit_code=ExitCode.CONFIGURATION,
         )
+
+
+def _small_file(path: Path) -> bytes:
+    """The content of a file; empty when there is none. A FIFO in its place holds nobody up."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return b""
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+        return file.read(_SEED_BYTES_MAX)
 
 
 def run_simulator(options: Options) -> int:
@@ -365,7 +388,11 @@ def _run(options: Options, signals: Signals) -> None:
 
 
 def _require_folder(path: Path) -> None:
-    if not path.parent.is_dir():
+    try:
+        is_there = path.parent.is_dir()
+    except OSError:  # no name for a folder
+        is_there = False
+    if not is_there:
         raise Failure(
             f"cannot listen at {path}",
             why=f"there is no folder {path.parent}",

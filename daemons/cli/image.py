@@ -28,10 +28,17 @@ def image_path(image: Path, root: str | None) -> Path:
     places = places_of(root)
     if image.is_absolute() and ".." not in image.parts:
         in_root = places.under_root(str(image))
-        return in_root if in_root.exists() or not image.exists() else image
-    if image.exists():
+        return in_root if _is_there(in_root) or not _is_there(image) else image
+    if _is_there(image):
         return image
     return places.images("/images") / image if len(image.parts) == 1 else image
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name of 300 bytes, a directory that may not be entered
+        return False
 
 
 @app.command("make")

@@ -8,7 +8,6 @@ Leaves to others: measuring (`loader`).
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -17,6 +16,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
+
+from daemons.errors import ExitCode, Failure
 
 FILE_NAME: Final = "measurements.json"
 FORMAT: Final = 1
@@ -60,16 +61,32 @@ def replay(digests: Iterable[bytes], start: bytes = bytes(DIGEST_BYTES)) -> byte
 
 
 def write_measurements(directory: Path, measurements: Iterable[Measurement]) -> None:
-    """Write the list into a guest's run directory, whole or not at all, mode 0600."""
+    """Write the list into a guest's run directory, whole or not at all, mode 0600.
+
+    Raises:
+        Failure: There is no room for it.
+    """
     text = json.dumps({"format": FORMAT, "events": [asdict(m) for m in measurements]}, indent=1)
     beside = directory / f".{FILE_NAME}.new"
-    with contextlib.suppress(FileNotFoundError):
-        beside.unlink()
-    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode=0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogateescape") as file:
-        file.write(text + "\n")
-    # No sync: the run directory does not outlive the machine's power cycle.
-    beside.rename(directory / FILE_NAME)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    try:
+        beside.unlink(missing_ok=True)
+        descriptor = os.open(beside, flags, mode=0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogateescape") as file:
+            file.write(text + "\n")
+        # No sync: the run directory does not outlive the machine's power cycle.
+        beside.rename(directory / FILE_NAME)
+    except OSError as error:
+        raise _in_the_way(directory, error) from error
+
+
+def _in_the_way(directory: Path, error: OSError) -> Failure:
+    return Failure(
+        "cannot write down what was measured",
+        why=f"{directory / FILE_NAME}: {(error.strerror or str(error)).lower()}",
+        next_step="Make room on its file system, and remove what is in the way",
+        exit_code=ExitCode.IO_ERROR,
+    )
 
 
 def read_measurements(directory: Path) -> list[Measurement]:
@@ -111,5 +128,12 @@ def read_measurements(directory: Path) -> list[Measurement]:
 
 
 def forget_measurements(directory: Path) -> None:
-    """Remove the list of an earlier boot."""
-    (directory / FILE_NAME).unlink(missing_ok=True)
+    """Remove the list of an earlier boot.
+
+    Raises:
+        Failure: It stays.
+    """
+    try:
+        (directory / FILE_NAME).unlink(missing_ok=True)
+    except OSError as error:
+        raise _in_the_way(directory, error) from error

@@ -102,8 +102,16 @@ def note_power(places: Places) -> None:
 
 
 def forget_power(places: Places) -> None:
-    """Write down that it has none."""
-    _marker(places).unlink(missing_ok=True)
+    """Write down that it has none.
+
+    Raises:
+        Failure: It cannot be.
+    """
+    marker = _marker(places)
+    try:
+        marker.unlink(missing_ok=True)
+    except OSError as error:
+        raise _cannot_note("that the hardware TPM has no power", marker, error) from error
 
 
 def _marker(places: Places) -> Path:

@@ -19,7 +19,7 @@ from daemons.journal import GO_ON
 from daemons.launcher.adoption import forget_power, note_power
 from daemons.launcher.consequences import before_power_on
 from daemons.launcher.domain import CHIP_DOMID, PROGRAMS, Domain
-from daemons.launcher.process_start import Start, start_process
+from daemons.launcher.process_start import Start, empty_directory, start_process
 from daemons.launcher.process_states import State
 from daemons.launcher.stack import Stack
 from daemons.launcher.supervisor import Launched, Supervisor
@@ -248,9 +248,7 @@ class Chip:
             await before_power_on(self._stack, self.supervisor.last_reason)
         directory = self._stack.places.tis_socket.parent
         self._stack.places.make_private(directory)
-        for left_over in directory.iterdir():
-            if left_over.name != kept:
-                left_over.unlink(missing_ok=True)
+        empty_directory(directory, {kept})
         argv: tuple[str, ...] = ("--root", str(self._stack.places.root), "--domain", CHIP_NAME)
         if self._has_power:
             argv = (*argv, GO_ON)

@@ -8,8 +8,6 @@ backend ever meets a domain that the registry does not know.
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Container
 from pathlib import Path
 
 import trio
@@ -20,7 +18,7 @@ from daemons.launcher.adoption import CONFIG_BYTES_MAX
 from daemons.launcher.chip import Chip
 from daemons.launcher.consequences import before_new_volatile_state, keeps_journal, must_go_on
 from daemons.launcher.domain import Domain
-from daemons.launcher.process_start import Start, start_process
+from daemons.launcher.process_start import Start, empty_directory, start_process
 from daemons.launcher.process_states import RESTING, State
 from daemons.launcher.ready_marks import READY_NAME
 from daemons.launcher.stack import Stack
@@ -101,9 +99,11 @@ def write_config(stack: Stack, domain: Domain) -> None:
     """
     path = stack.places.domain(domain.name).config
     beside = path.with_name(path.name + ".new")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        beside.write_text(domain.effective_config_text, encoding="utf-8")
-        beside.chmod(0o600)
+        beside.unlink(missing_ok=True)
+        with os.fdopen(os.open(beside, flags, 0o600), "wb") as file:
+            file.write(domain.effective_config_text.encode())
         beside.rename(path)
     except OSError as error:
         raise Failure(
@@ -121,22 +121,6 @@ def _has_config(stack: Stack, domain: Domain) -> bool:
         return read_checked(path, CONFIG_BYTES_MAX) == domain.effective_config_text.encode()
     except Failure:
         return False
-
-
-def empty_directory(directory: Path, kept: Container[str] = ()) -> None:
-    """Remove what an ended process of a domain has left in its run directory.
-
-    Args:
-        directory: Of the domain.
-        kept: Names of what the next process needs.
-    """
-    for entry in directory.iterdir():
-        if entry.name in kept:
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry, ignore_errors=True)
-        else:
-            entry.unlink(missing_ok=True)
 
 
 def check_disks(stack: Stack, domain: Domain) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from daemons.launcher.domain import PROGRAMS
@@ -66,3 +68,19 @@ async def start_process(stack: Stack, start: Start) -> Launched:
         raise
     process.release()
     return Launched(process=process, last_words=lambda: read_last_words(log_path, since_byte))
+
+
+def empty_directory(directory: Path, kept: Container[str] = ()) -> None:
+    """Remove what an ended process of a domain has left in its run directory.
+
+    Args:
+        directory: Of the domain.
+        kept: Names of what the next process needs.
+    """
+    for entry in directory.iterdir():
+        if entry.name in kept:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)

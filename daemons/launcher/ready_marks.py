@@ -10,6 +10,7 @@ process, while the mark still does.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -45,8 +46,10 @@ def note_ready(places: Places, name: str, role: Role, pid: int) -> None:
         Failure: It cannot be.
     """
     mark = places.domain(name).directory / READY_NAME
+    # Neither a symlink nor a FIFO that somebody put there leads or holds the launcher anywhere.
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        mark.touch(mode=0o600)
+        descriptor = os.open(mark, flags, 0o600)
     except OSError as error:
         raise Failure(
             f"cannot note that {name} serves",
@@ -55,8 +58,9 @@ def note_ready(places: Places, name: str, role: Role, pid: int) -> None:
             exit_code=ExitCode.IO_ERROR,
         ) from error
     # On a full disk the mark is empty: a domain does not wait for room because of its witness.
-    with contextlib.suppress(OSError):
-        mark.write_text(f"{role.value} {pid} {start_time_of(pid) or 0}\n", encoding="ascii")
+    with os.fdopen(descriptor, "wb", buffering=0) as file, contextlib.suppress(OSError):
+        file.truncate()
+        file.write(f"{role.value} {pid} {start_time_of(pid) or 0}\n".encode("ascii"))
 
 
 def was_ready(places: Places, name: str) -> bool:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import json
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -435,10 +437,11 @@ def open_log(path: Path, bytes_max: int) -> IO[bytes]:
     Raises:
         Failure: It is a symlink, or cannot be opened.
     """
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    # O_NONBLOCK: a FIFO in its place is refused, and does not hold us up.
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
     try:
         descriptor = os.open(path, flags, 0o600)
-        if os.fstat(descriptor).st_size > bytes_max:
+        if _regular_size(descriptor) > bytes_max:
             os.close(descriptor)
             path.rename(path.with_name(path.name + ".1"))
             descriptor = os.open(path, flags, 0o600)
@@ -449,7 +452,17 @@ def open_log(path: Path, bytes_max: int) -> IO[bytes]:
             next_step="Remove what is there, or make room on the disk",
             exit_code=ExitCode.IO_ERROR,
         ) from error
+    os.set_blocking(descriptor, True)
     return os.fdopen(descriptor, "ab", buffering=0)
+
+
+def _regular_size(descriptor: int) -> int:
+    """The size of a file; closes it and raises OSError where it is no regular one."""
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is not a regular file")
+    return status.st_size
 
 
 def _no_descriptors(order: Order, error: OSError) -> Failure:

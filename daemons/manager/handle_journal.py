@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Final
 
 from daemons.errors import ExitCode, Failure
-from protocol.constants import Ordinal, ResourceType
+from protocol.constants import HEADER_BYTES, Ordinal, ResourceType
 from protocol.return_codes import ReturnCode
 
 JOURNAL_BYTES_MAX: Final = 64 * 1024
@@ -107,7 +107,7 @@ class HandleJournal:
 
     def discard_leftovers(self) -> None:
         """Say that nothing an earlier manager left is in the chip any more."""
-        self._path.unlink(missing_ok=True)
+        self._remove()
 
     def set_epoch(self, epoch: str) -> None:
         """From now on, handles belong to this power cycle of the chip."""
@@ -167,13 +167,18 @@ class HandleJournal:
             return  # the file says so already
         # What an earlier manager wrote stays until its leftovers are gone.
         if self._has_written and not self._kept:
-            self._path.unlink(missing_ok=True)
+            self._remove()
         elif self._has_written:
             # Without room the file names more than is open, which harms nobody.
             with contextlib.suppress(NotNotedError):
                 self._write(Leftovers(epoch=self._now.epoch, handles=self._kept))
             return
         self._now, self._has_written = Leftovers(epoch=self._now.epoch), False
+
+    def _remove(self) -> None:
+        # What cannot be removed (a directory) cannot be read either, and says nothing.
+        with contextlib.suppress(OSError):
+            self._path.unlink(missing_ok=True)
 
     def _write(self, now: Leftovers) -> None:
         self._has_written, self._now = True, now
@@ -197,6 +202,10 @@ class HandleJournal:
             ) from error
 
 
+_COMMAND_BYTES_MAX: Final = 4096
+"""What a TPM 1.2 takes in at the most."""
+
+
 def read_leftovers(path: Path) -> Leftovers:
     """Read such a file.
 
@@ -211,13 +220,23 @@ def read_leftovers(path: Path) -> Leftovers:
     try:
         shape = json.loads(content)
         handles = tuple((int(kind), int(handle)) for kind, handle in shape["handles"])
+        outstanding = bytes.fromhex(shape["outstanding"])
+        if not all(0 <= number < 1 << 32 for pair in handles for number in pair):
+            raise ValueError("a number that is no handle")
+        if outstanding and not _is_a_command(outstanding):
+            raise ValueError("its outstanding command is none")
         return Leftovers(
-            epoch=str(shape["epoch"]),
-            outstanding=bytes.fromhex(shape["outstanding"]),
-            handles=handles[:HANDLES_MAX],
+            epoch=str(shape["epoch"]), outstanding=outstanding, handles=handles[:HANDLES_MAX]
         )
     except (KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"it is no list of handles ({error})") from error
+
+
+def _is_a_command(request: bytes) -> bool:
+    size = len(request)
+    return (
+        HEADER_BYTES <= size <= _COMMAND_BYTES_MAX and int.from_bytes(request[2:6], "big") == size
+    )
 
 
 def opens(request: bytes) -> ResourceType | None:

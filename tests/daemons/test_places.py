@@ -209,3 +209,11 @@ def test_make_private_leaks_no_descriptor(tmp_path):
         with pytest.raises(BadPlace):
             places.prepare()
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_root_without_an_end_or_a_name_is_refused(tmp_path):
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    for root in (str(tmp_path / "a"), str(tmp_path / "\udcff")):
+        with pytest.raises(BadPlace, match="root cannot be used"):
+            Places.choose(root, {})

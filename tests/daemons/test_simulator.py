@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from daemons.errors import ExitCode
 from daemons.world import SystemRng
 from protocol.constants import CapabilityArea, Ordinal, StartupType
 from protocol.return_codes import ReturnCode, TpmError
@@ -296,3 +297,45 @@ def test_without_room_for_its_control_channel_a_simulator_leaves_no_socket(folde
         assert text in ended.stderr
         assert not (folder / "sock").exists()
     assert (folder / "taken").read_text() == "something else"
+
+
+def in_the_way(place, what):
+    place.mkdir(parents=True)
+    if what == "fifo":
+        os.mkfifo(place / "seed")
+    elif what == "directory":
+        (place / "seed").mkdir()
+    elif what == "other bytes":
+        (place / "seed").write_bytes(b"\xff\xfe")
+    else:
+        (place / "journal").mkdir()
+
+
+@pytest.mark.parametrize("what", ["fifo", "directory", "other bytes", "journal"])
+def test_what_lies_in_the_place_of_a_file_is_named_and_holds_nobody_up(folder, what):
+    with running(folder, "--state", str(folder / "state")):
+        pass
+    in_the_way(folder / "new", what)
+    (folder / "new" / "tpm.nv").write_bytes((folder / "state" / "tpm.nv").read_bytes())
+    (folder / "new" / "tpm.nv").chmod(0o600)
+    ended = subprocess.run(
+        [str(VTPM), "simulator", "--socket", str(folder / "sock"), "--state", str(folder / "new")],
+        capture_output=True,
+        text=True,
+        timeout=READY_S,
+        check=False,
+    )
+    assert ended.returncode in {ExitCode.CONFIGURATION, ExitCode.IO_ERROR}
+    assert "next_step" in ended.stderr
+
+
+def test_socket_whose_folder_has_no_possible_name_is_refused(folder):
+    socket_at = folder / ("x" * 300) / "sock"
+    ended = subprocess.run(
+        [str(VTPM), "simulator", "--ephemeral", "--socket", str(socket_at)],
+        capture_output=True,
+        text=True,
+        timeout=READY_S,
+        check=False,
+    )
+    assert ended.returncode == ExitCode.CONFIGURATION

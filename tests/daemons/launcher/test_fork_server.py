@@ -317,6 +317,19 @@ def test_a_thread_s_number_is_no_process():
         thread.join()
 
 
+@pytest.mark.parametrize("reads", [False, True], ids=["nobody reads", "somebody reads"])
+def test_fifo_in_the_place_of_a_log_is_refused_and_holds_nobody_up(tmp_path, reads):
+    place = tmp_path / "a.log"
+    os.mkfifo(place)
+    reader = os.open(place, os.O_RDONLY | os.O_NONBLOCK) if reads else None
+    try:
+        with pytest.raises(Failure, match="cannot open the log"):
+            open_log(place, 10)
+    finally:
+        if reader is not None:
+            os.close(reader)
+
+
 def test_log_that_has_grown_too_long_is_put_aside(tmp_path):
     place = tmp_path / "a.log"
     place.write_bytes(b"x" * 11)

@@ -99,3 +99,25 @@ def test_a_record_that_names_another_process_than_the_one_that_serves_is_told(pl
     for pid, start_time in ((os.getpid(), started - 1), (1, 1), (None, None)):
         told = contradictions(places, {"guest1": record(pid, start_time)})
         assert "is older than what runs" in told[file]
+
+
+def fifo(path):
+    os.mkfifo(path)
+
+
+def directory(path):
+    path.mkdir()
+
+
+def link(path):
+    path.symlink_to(path.parent / "elsewhere")
+
+
+@pytest.mark.parametrize("make", [fifo, directory, link])
+def test_what_stands_in_the_place_of_a_mark_is_refused_and_holds_nobody_up(places, make):
+    folder = places.domain("guest1").directory
+    folder.mkdir(parents=True, exist_ok=True)
+    make(folder / READY_NAME)
+    with pytest.raises(Failure, match="cannot note"):
+        note_ready(places, "guest1", Role.GUEST, os.getpid())
+    assert not (folder / "elsewhere").exists()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from daemons.manager.handle_journal import HandleJournal, Leftovers, NotNotedError
+from daemons.manager.handle_journal import HandleJournal, Leftovers, NotNotedError, read_leftovers
 from protocol.constants import ResourceType
 
 OIAP = bytes.fromhex("00c10000000a0000000a")
@@ -207,3 +207,31 @@ def test_what_is_kept_stays_in_the_file_and_is_not_flushed_with_the_rest(tmp_pat
     assert journal.handles == (kept,)
     journal.clear()
     assert HandleJournal(tmp_path / "journal").read() == Leftovers()
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        {"handles": [[1, 1 << 32]]},
+        {"handles": [[-1, 5]]},
+        {"outstanding": "00c1" + "000000ff" + "0000000a"},
+        {"outstanding": "00"},
+    ],
+)
+def test_what_no_chip_can_be_sent_is_no_journal(tmp_path: Path, damaged: dict[str, object]):
+    path = tmp_path / "journal"
+    whole = {"epoch": "e", "outstanding": "", "handles": [[1, 2]]}
+    path.write_text(json.dumps(whole))
+    assert read_leftovers(path).handles == ((1, 2),)
+    path.write_text(json.dumps({**whole, **damaged}))
+    with pytest.raises(ValueError, match=r"no handle|is none"):
+        read_leftovers(path)
+
+
+def test_directory_in_the_place_of_a_journal_is_an_empty_one(tmp_path: Path):
+    path = tmp_path / "journal"
+    path.mkdir()
+    journal = HandleJournal(path)
+    assert journal.read() == Leftovers()
+    journal.discard_leftovers()
+    assert path.is_dir()
