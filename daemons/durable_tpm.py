@@ -263,6 +263,11 @@ class DurableTpm:
         """TPM_PERMANENT_FLAGS.tpmEstablished."""
         return self._engine.state.permanent.flags.tpm_established
 
+    def reset_established(self, locality: int) -> ReturnCode:
+        """TSC_ResetEstablishmentBit; its return code."""
+        response = self.execute(_command(Ordinal.TSC_RESET_ESTABLISHMENT_BIT, b""), locality)
+        return ReturnCode(int.from_bytes(response[6:10], "big"))
+
     def make_endorsement_key(self) -> None:
         """Do what a maker does: TPM_CreateEndorsementKeyPair. Stores the new TPM.
 

@@ -27,7 +27,6 @@ import os
 import signal
 import socket
 import stat
-import struct
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,9 +45,10 @@ from daemons.sd_notify import Notifier
 from daemons.thread_service import CLIENTS_MAX, STOPS, Door, Signals, ThreadService
 from daemons.volatile_memory import VolatileMemory
 from daemons.world import SeededRng
-from protocol.constants import HEADER_BYTES, Ordinal, Tag
+from protocol.constants import Ordinal
 from protocol.return_codes import ReturnCode
 from tpm12.commands import ALL
+from tpm12.engine import error_response
 from tpm12.primes import rsa_primes
 from tpm12.profile import CHIP, Profile
 from tpm12.state import Permanent
@@ -61,12 +61,6 @@ _JOURNAL: Final = "journal"
 _SEED_BYTES_MAX: Final = 5000
 """As long as an integer may be for Python."""
 _STARTUP: Final = Ordinal.STARTUP.to_bytes(4, "big")
-_HEADER: Final = struct.Struct(">HII")
-_RESET_ESTABLISHMENT: Final = _HEADER.pack(
-    Tag.RQU_COMMAND, HEADER_BYTES, Ordinal.TSC_RESET_ESTABLISHMENT_BIT
-)
-_NO_POWER: Final = _HEADER.pack(Tag.RSP_COMMAND, HEADER_BYTES, ReturnCode.FAIL)
-"""What commands get from a TPM that is off, as from swtpm."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +146,7 @@ class Simulator:
 
     def _execute_first(self, request: bytes) -> bytes:
         if not self.is_on:
-            return _NO_POWER
+            return error_response(ReturnCode.FAIL)  # as swtpm
         if request[6:10] != _STARTUP:
             self._tpm.start()
         response = self._tpm.execute(request, self.locality)
@@ -185,8 +179,7 @@ class Simulator:
     def reset_established(self, locality: int) -> int:
         """TSC_ResetEstablishmentBit; its return code."""
         with self._turn:
-            response = self._tpm.execute(_RESET_ESTABLISHMENT, locality)
-        return int.from_bytes(response[6:10], "big")
+            return self._tpm.reset_established(locality)
 
     def hash_start(self) -> int:
         """TPM_HASH_START; a return code."""

@@ -25,7 +25,7 @@ def parser(program: str) -> argparse.ArgumentParser:
         "--control",
         metavar="PATH",
         type=Path,
-        help="Where swtpm's control channel is, for QEMU and libvirt; else there is none.",
+        help="Where swtpm's control channel is, for QEMU; else there is none.",
     )
     add("--journal", action="store_true", help="Goes on after a kill where it was.")
     add("--no-ek", action="store_true", help="As it leaves a factory that makes no key.")
