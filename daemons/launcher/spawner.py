@@ -274,17 +274,14 @@ class Spawner:
         Raises:
             Failure: The program is unknown or cannot be imported, the fork failed, or nobody
                 answered in time.
+            OSError: There are no descriptors for it.
         """
+        null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         try:
             gate_out, gate_in = os.pipe2(os.O_CLOEXEC)
-        except OSError as error:
-            raise _no_descriptors(order, error) from error
-        try:
-            null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            os.close(gate_out)
-            os.close(gate_in)
-            raise _no_descriptors(order, error) from error
+        except OSError:
+            os.close(null)
+            raise
         try:
             # Each fork server has that long: the next one must not pay for one that was killed.
             with trio.move_on_after(SPAWN_DEADLINE_S) as deadline:
@@ -463,12 +460,3 @@ def _regular_size(descriptor: int) -> int:
         os.close(descriptor)
         raise OSError(errno.EINVAL, "it is not a regular file")
     return status.st_size
-
-
-def _no_descriptors(order: Order, error: OSError) -> Failure:
-    return Failure(
-        f"cannot start {order.title}",
-        why=(error.strerror or str(error)).lower(),
-        next_step="`vtpm status` shows what runs; who has the launcher's sockets open, `ss -xp`",
-        exit_code=ExitCode.IO_ERROR,
-    )

@@ -27,6 +27,7 @@ from typing import Final
 from daemons.errors import ExitCode, Failure
 from protocol.constants import HEADER_BYTES, Ordinal, ResourceType
 from protocol.return_codes import ReturnCode
+from tpm12.profile import CHIP
 
 JOURNAL_BYTES_MAX: Final = 64 * 1024
 HANDLES_MAX: Final = 64
@@ -202,10 +203,6 @@ class HandleJournal:
             ) from error
 
 
-_COMMAND_BYTES_MAX: Final = 4096
-"""What a TPM 1.2 takes in at the most."""
-
-
 def read_leftovers(path: Path) -> Leftovers:
     """Read such a file.
 
@@ -234,9 +231,8 @@ def read_leftovers(path: Path) -> Leftovers:
 
 def _is_a_command(request: bytes) -> bool:
     size = len(request)
-    return (
-        HEADER_BYTES <= size <= _COMMAND_BYTES_MAX and int.from_bytes(request[2:6], "big") == size
-    )
+    is_whole = int.from_bytes(request[2:6], "big") == size
+    return is_whole and HEADER_BYTES <= size <= CHIP.input_buffer_bytes
 
 
 def opens(request: bytes) -> ResourceType | None:
