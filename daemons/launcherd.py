@@ -48,6 +48,7 @@ from daemons.launcher_client import LauncherClient, StackNotUp
 from daemons.lean_structlog import structlog
 from daemons.listeners import AlreadyRunning, Kind, Listener, listen, start_time_of
 from daemons.places import CHIP_NAME, DOMAIN0_NAME, Places
+from daemons.policy import Policy
 from daemons.policy import load as load_policy
 from daemons.registry import DomainRecord, RegistryWriter, Role
 from daemons.sd_notify import Notifier, listen_for_notifications
@@ -196,6 +197,7 @@ async def run_launcher(root: str | None, world: World) -> None:
     """
     places = Places.choose(root, os.environ)
     settings = load_settings(places.settings(PROGRAM), LauncherSettings)
+    policy = load_policy(places.policy)
     logs.configure(PROGRAM, level=settings.log_level)
     log_levels.follow(places.log_levels, log_levels.LAUNCHER, settings.log_level)
     places.prepare()
@@ -208,16 +210,30 @@ async def run_launcher(root: str | None, world: World) -> None:
             remove_sockets(places)
         become_child_subreaper()
         spawner = Spawner(world.programs, title=f"vtpm fork server {places.root}", warm=world.warm)
-        spawner.start()  # it imports while we go on
-        registry = RegistryWriter(places.registry)
-        with listen_for_notifications(places.notify_socket) as notify:
-            registry.put(_own_record(load_policy(places.policy).default_label(Role.DOMAIN0)))
-            try:
-                await _Launcher(places, settings, spawner, registry, world).run(notify, old)
-            finally:
-                # One that could not take an old stack over leaves it as it is.
-                if not find_leftovers(places):
-                    remove_remains(places)
+        try:
+            spawner.start()  # it imports while we go on
+            with listen_for_notifications(places.notify_socket) as notify:
+                await _Launcher(places, settings, policy, spawner, world).run(notify, old)
+        finally:
+            spawner.abandon()
+            _leave(places)
+
+
+def _leave(places: Places) -> None:
+    """Remove what an ended launcher leaves.
+
+    One that could not take an old stack over, or that ends by a bug, leaves the domains as they
+    are, as one that is killed does.
+    """
+    serving = find_leftovers(places)
+    if not serving:
+        remove_remains(places)
+        return
+    structlog.get_logger().warning(
+        "domains go on serving without a launcher",
+        next_step="`vtpm up` takes them over; `vtpm down` ends them",
+        domains=" ".join(each.name for each in serving),
+    )
 
 
 def _own_record(label: str) -> DomainRecord:
@@ -240,14 +256,15 @@ class _Launcher:
         self,
         places: Places,
         settings: LauncherSettings,
+        policy: Policy,
         spawner: Spawner,
-        registry: RegistryWriter,
         world: World,
     ) -> None:
         self._places = places
         self._settings = settings
+        self._policy = policy
         self._spawner = spawner
-        self._registry = registry
+        self._registry = RegistryWriter(places.registry)
         self._world = world
         self._ended = trio.Event()
 
@@ -257,6 +274,7 @@ class _Launcher:
         Who finds the control socket finds a launcher that can start daemons: it is there only when
         the fork server is ready.
         """
+        self._registry.put(_own_record(self._policy.default_label(Role.DOMAIN0)))
         with trio.open_signal_receiver(*STOP_SIGNALS) as signals, ExitStack() as listening:
             async with trio.open_nursery() as nursery:
                 stack = self._stack(nursery)
@@ -306,7 +324,7 @@ class _Launcher:
         return Stack(
             places=self._places,
             settings=self._settings,
-            policy=load_policy(self._places.policy),
+            policy=self._policy,
             spawner=self._spawner,
             registry=self._registry,
             changes=Changes(),

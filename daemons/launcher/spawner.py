@@ -318,6 +318,23 @@ class Spawner:
         """Wait until the fork server has ended, after `close`."""
         await self._has_ended.wait()
 
+    def abandon(self) -> None:
+        """Leave nothing that has no purpose, when `run` was not called or has ended.
+
+        A fork server without children would end by itself, but only once it has imported
+        everything; one with children stays as long as they do.
+        """
+        server, self._server = self._server, None
+        if server is None:
+            return
+        server.link.close()
+        if server.children:
+            server.process.returncode = 0  # nobody waits for it here
+        else:
+            server.process.kill()
+            server.process.wait()
+        server.pass_on_first_words()
+
     async def _ask(self, order: Order, descriptors: Sequence[int], gate: int) -> _Child | None:
         """Ask the present fork server once; None when it ended and another is to be asked."""
         if self._failure is not None:

@@ -243,7 +243,11 @@ class Supervisor:
     # -- its life --------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Live until `stop`. Cancelling it kills the process without grace."""
+        """Live until `stop`.
+
+        Cancelling it leaves the process to itself, as the death of the launcher would: who cancels
+        is a launcher that ends by a bug, and the next one takes over what goes on serving.
+        """
         self._move(Event.START)
         while self._wish is not _Wish.END:
             if self.state in {State.FAILED, State.PRESERVED}:
@@ -310,18 +314,12 @@ class Supervisor:
         status: int | None = None
         if self._wish is not _Wish.RUN:
             self._stop_asked.set()  # asked for in the last moments of `launch`
-        has_ended = False
-        try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._expect_ready, process, overdue)
-                nursery.start_soon(self._stop_when_asked, process)
-                status = await process.wait()
-                has_ended = True
-                nursery.cancel_scope.cancel()
-        finally:
-            if not has_ended:
-                process.signal(signal.SIGKILL)
-            self._process = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._expect_ready, process, overdue)
+            nursery.start_soon(self._stop_when_asked, process)
+            status = await process.wait()
+            nursery.cancel_scope.cancel()
+        self._process = None
         if self._wish is _Wish.RUN:
             how = (
                 f"it was not ready within {self._limits.start_s:g} s"

@@ -1,6 +1,7 @@
 """A launcher whose daemons and firmware are fakes; run as a program, `fake_launcher.py --root DIR`.
 
-What the firmware does goes to ROOT/story; the file ROOT/behave/firmware makes it fail.
+What the firmware does goes to ROOT/story; the file ROOT/behave/firmware makes it fail, and
+ROOT/behave/boot_hash is a bug in it, which ends the launcher.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ class FakeFirmware:
         self._tell("launch_manager", config=config_text)
 
     async def boot_hash(self, _program):
+        if (self._root / "behave" / "boot_hash").exists():
+            raise ZeroDivisionError
         return "ab" * 20
 
 

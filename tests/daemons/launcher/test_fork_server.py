@@ -278,6 +278,31 @@ async def test_fork_server_stays_until_its_last_child_has_ended(tmp_path):
     assert not is_there(server)
 
 
+async def test_abandoned_fork_server_ends_at_once_but_for_its_children(tmp_path):
+    environment = dict(os.environ, PYTHONPATH=str(FAKES))
+    unused = Spawner(PROGRAMS, title="unused", environment=environment)
+    unused.start()
+    server = unused.server_pid
+    unused.abandon()
+    assert not is_there(server)
+    unused.abandon()  # nothing is left to do
+
+    used = Spawner(PROGRAMS, title="used", environment=environment)
+    with trio.fail_after(DEADLINE_S):
+        async with trio.open_nursery() as nursery:
+            used.start()
+            nursery.start_soon(used.run)
+            child = await Room(tmp_path, used).spawn("waiting")
+            child.release()
+            server = used.server_pid
+            nursery.cancel_scope.cancel()
+        used.abandon()
+        assert is_alive(server, start_time_of(server))
+        assert is_alive(child.pid, child.start_time)
+        os.kill(child.pid, signal.SIGTERM)
+        assert await trio.to_thread.run_sync(os.waitpid, server, 0) == (server, 0)
+
+
 async def test_spawn_is_quick_and_a_child_is_small(tmp_path):
     async with spawning(tmp_path) as room:
         await room.run("measured")  # by now everything is imported

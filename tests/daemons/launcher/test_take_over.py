@@ -53,6 +53,29 @@ def test_killed_launcher_leaves_its_domains_serving_and_the_next_one_takes_them_
     assert stack.what_is_left() == []
 
 
+def test_launcher_that_ends_by_a_bug_leaves_its_domains_like_one_that_is_killed(stack):
+    stack.create_chain()
+    stack.create(numbered(VTPM, 2))
+    before = {row["name"]: row["pid"] for row in stack.call("list")[1:]}
+    chip = stack.chip()["pid"]
+    stack.behave("boot_hash", "bug")
+    kill(stack.row("vtpm-guest2"))  # the next start of a vTPM meets it
+    assert stack.launcher.wait(DEADLINE_S) == ExitCode.BUG
+    log = stack.launcher_log()
+    assert "ZeroDivisionError" in log
+    assert "domains go on serving without a launcher" in log
+    del before["vtpm-guest2"]
+    assert all(is_alive(pid, start_time_of(pid)) for pid in (chip, *before.values()))
+    assert "stopped" not in [entry["event"] for entry in stack.story()]
+    (stack.root / "behave/boot_hash").unlink()
+    stack.start()
+    stack.until_state("vtpm-guest2", "running")
+    rows = {row["name"]: row["pid"] for row in stack.call("list")[1:]}
+    assert {name: rows[name] for name in before} == before
+    assert stack.stop() == 0
+    assert stack.what_is_left() == []
+
+
 def test_domain_that_died_without_a_launcher_goes_on_with_the_next(stack):
     stack.create_chain()
     rows = {row["name"]: row for row in stack.call("list")}
