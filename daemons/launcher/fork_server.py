@@ -59,6 +59,9 @@ GO = b"g"
 UNBORN_EXIT_STATUS = 75
 """Exit status of a child whose gate closed before it was opened (EX_TEMPFAIL)."""
 
+_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals that are meant for the launcher when the server gets them."""
+
 Main = Callable[[list[str]], int]
 
 
@@ -163,10 +166,16 @@ class _Server:
             reason = f"{len(descriptors)} descriptors instead of {DESCRIPTORS_PER_SPAWN}"
         pid = -1
         if reason is None:
+            # What the server ignores must not be lost on a child that is told to stop at once: it
+            # waits until the child takes signals as a daemon does.
+            signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
             try:
                 pid = os.fork()
             except OSError as error:
                 reason = f"fork: {error.strerror}"
+            finally:
+                if pid != 0:
+                    signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED)
         if pid == 0:
             stdin, stdout, stderr, gate = descriptors
             return _Newborn(
@@ -249,6 +258,7 @@ def _live(newborn: _Newborn) -> int:
     for number in (signal.SIGCHLD, signal.SIGHUP, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED)
     for target, descriptor in enumerate(newborn.stdio):
         os.dup2(descriptor, target)
     for descriptor in newborn.stdio:
@@ -313,7 +323,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--warm", metavar="MODULE:FUNCTION", help="called once before forking")
     parser.add_argument("programs", nargs="+", metavar="NAME=MODULE:FUNCTION")
     options = parser.parse_args(argv)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, lambda *_: None)  # so that it reaches the wakeup descriptor
     become_child_subreaper()

@@ -278,6 +278,15 @@ async def test_fork_server_stays_until_its_last_child_has_ended(tmp_path):
     assert not is_there(server)
 
 
+async def test_child_that_is_told_to_stop_as_soon_as_it_is_there_stops(tmp_path):
+    async with spawning(tmp_path) as room:
+        for _ in range(20):
+            child = await room.spawn("waiting")
+            child.signal(signal.SIGTERM)
+            child.release()
+            assert await child.wait() in {0, -signal.SIGTERM}
+
+
 async def test_abandoned_fork_server_ends_at_once_but_for_its_children(tmp_path):
     environment = dict(os.environ, PYTHONPATH=str(FAKES))
     unused = Spawner(PROGRAMS, title="unused", environment=environment)
@@ -299,8 +308,8 @@ async def test_abandoned_fork_server_ends_at_once_but_for_its_children(tmp_path)
         used.abandon()
         assert is_alive(server, start_time_of(server))
         assert is_alive(child.pid, child.start_time)
-        os.kill(child.pid, signal.SIGTERM)
-        assert await trio.to_thread.run_sync(os.waitpid, server, 0) == (server, 0)
+        child.signal(signal.SIGKILL)
+        await until(lambda: os.waitpid(server, os.WNOHANG) == (server, 0))
 
 
 async def test_spawn_is_quick_and_a_child_is_small(tmp_path):
