@@ -12,7 +12,9 @@ from typing import TypeVar
 
 import trio
 
+from daemons.lean_structlog import structlog
 from daemons.service import PEER_FAULTS
+from daemons.threads import NoThread, run_in_thread
 
 T = TypeVar("T")
 
@@ -53,7 +55,10 @@ async def carry(  # noqa: PLR0913 - what a thread needs
     async with trio.open_nursery() as nursery:
         nursery.start_soon(end_on_stop)
         try:
-            await trio.to_thread.run_sync(work, thread_name=thread_name, limiter=limiter)
+            await run_in_thread(work, thread_name=thread_name, limiter=limiter)
+        except NoThread as lack:
+            # The peer finds its connection ended, and comes again; the others are served on.
+            structlog.get_logger().error("cannot serve a connection", reason=lack.why)
         finally:
             is_done = True
             nursery.cancel_scope.cancel()

@@ -33,6 +33,7 @@ from daemons.registry import DomainRecord, Registry
 from daemons.ring_client import RingClient
 from daemons.sd_notify import Notifier
 from daemons.service import run_daemon, serve
+from daemons.threads import run_in_thread
 from daemons.world import SystemRng
 from daemons.xl.domain_config import DomainConfig, read_domain
 from protocol.return_codes import TpmError
@@ -240,7 +241,7 @@ async def _with_ring(ring: RingClient, work: Callable[[], T]) -> T:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_close_when_cancelled, ring, done)
         try:
-            result = await trio.to_thread.run_sync(work)
+            result = await run_in_thread(work)
         except (Failure, TpmError, BadResponseError) as error:
             ended.append(error)
         finally:

@@ -16,8 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-import trio
-
 from daemons import command_log, log_levels, logs, policy, settings
 from daemons.chip_memory import ChipMemory, make_chip_memory
 from daemons.durable_tpm import DurableTpm
@@ -31,6 +29,7 @@ from daemons.registry import Registry, Role
 from daemons.sd_notify import Notifier
 from daemons.self_test import pass_self_test
 from daemons.service import run_daemon
+from daemons.threads import run_in_thread
 from daemons.tis_server import TisPeer, TisServer, TisSettings, serve_tis
 from daemons.volatile_memory import VolatileMemory
 from hwtpm.tis_device import PendingCommand
@@ -179,7 +178,7 @@ async def _run(options: Options) -> None:
         raise missing(places.domain(CHIP_NAME).journal)
     if tpm.is_new:
         tpm.save_as_new()
-    await trio.to_thread.run_sync(pass_self_test, tpm.state.permanent, CHIP, ALL)
+    await run_in_thread(partial(pass_self_test, tpm.state.permanent, CHIP, ALL))
     chip = Chip(tpm, notifier.status)
     admit = admission(Registry(places.registry), policy.load(places.policy))
     server = TisServer(
@@ -189,7 +188,7 @@ async def _run(options: Options) -> None:
         hooks.attach_chip(server)
     if tpm.is_resumed:
         structlog.get_logger().info("went on where a killed process was")
-        await trio.to_thread.run_sync(server.run_recalled_command)
+        await run_in_thread(server.run_recalled_command)
     listener = activated_or_listen(SOCKET_NAME, places.tis_socket, Kind.SEQPACKET)
     await serve_tis(listener, server)
 

@@ -34,6 +34,7 @@ from daemons.errors import ExitCode, Failure
 from daemons.lean_structlog import structlog
 from daemons.listeners import Listener, PeerCredentials, peer_credentials
 from daemons.sd_notify import Notifier
+from daemons.threads import NoThread, run_in_thread
 from protocol.wire import DecodeError
 
 P = ParamSpec("P")
@@ -141,8 +142,12 @@ async def _tell_alive(is_alive: Callable[[], object], notifier: Notifier, pause_
     """Tell the service manager each time that what we serve has answered."""
     while True:
         # A thread that hangs is abandoned when the daemon stops; until then nothing is told.
-        await trio.to_thread.run_sync(is_alive, abandon_on_cancel=True)
-        notifier.watchdog()
+        try:
+            await run_in_thread(is_alive, abandon_on_cancel=True)
+        except NoThread as lack:  # it may pass; if it does not, we are killed for our silence
+            structlog.get_logger().error("cannot tell that we are alive", reason=lack.why)
+        else:
+            notifier.watchdog()
         await trio.sleep(pause_s)
 
 

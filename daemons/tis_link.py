@@ -391,10 +391,14 @@ class TisLink:
         To take and to give up a locality costs more than a command.
         """
         if self._let_go_thread is None:
-            self._let_go_thread = threading.Thread(
-                target=self._let_go_in_time, name="let go", daemon=True
-            )
-            self._let_go_thread.start()
+            thread = threading.Thread(target=self._let_go_in_time, name="let go", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # there is none for us: at once, then
+                with self._turn:
+                    self._relinquish_if_connected()
+                return
+            self._let_go_thread = thread
         self._letting_go.set()
 
     def _let_go_in_time(self) -> None:

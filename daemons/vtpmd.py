@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, TypeVar
 
-import trio
-
 from daemons import log_levels, logs, policy, settings
 from daemons.domain_options import DomainOptions, parse_domain_options
 from daemons.durable_tpm import DurableTpm
@@ -31,6 +29,7 @@ from daemons.ring_server import RingPeer, RingSettings, serve_rings
 from daemons.sd_notify import NO_COMMAND, Notifier
 from daemons.self_test import pass_self_test
 from daemons.service import run_daemon
+from daemons.threads import run_in_thread
 from daemons.volatile_memory import VolatileMemory
 from daemons.vtpm.backend import VtpmBackend
 from daemons.vtpm.command_set import command_set
@@ -127,7 +126,7 @@ async def _run(options: DomainOptions) -> None:
 
 async def _in_thread(call: Callable[[], T]) -> T:
     """Run slow blocking work; a signal ends the wait, and the process with it."""
-    return await trio.to_thread.run_sync(call, abandon_on_cancel=True)
+    return await run_in_thread(call, abandon_on_cancel=True)
 
 
 def _open_tpm(  # noqa: PLR0913 - one caller

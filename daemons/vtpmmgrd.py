@@ -43,6 +43,7 @@ from daemons.registry import Registry, Role
 from daemons.ring_server import Refused, RingPeer, serve_rings
 from daemons.sd_notify import Notifier
 from daemons.service import run_daemon
+from daemons.threads import run_in_thread
 from daemons.tis_link import ChipFault, TisLink
 from daemons.world import SystemRng
 from daemons.xl.domain_arguments import ManagerArguments, TpmDriver
@@ -169,7 +170,7 @@ async def run(options: DomainOptions) -> None:
             memory.close()
             # The chip may be gone; then its session is gone too, or the next manager ends it.
             with trio.move_on_after(CLOSE_CHIP_S, shield=True):
-                await trio.to_thread.run_sync(chip.close, abandon_on_cancel=True)
+                await run_in_thread(chip.close, abandon_on_cancel=True)
 
 
 def _open(  # noqa: PLR0913 - everything there is at a start
@@ -271,7 +272,7 @@ async def _with_link(link: TisLink, work: Callable[[], T]) -> T:
         done = trio.Event()
         nursery.start_soon(_cut_when_cancelled, link, done)
         try:
-            return await trio.to_thread.run_sync(work)
+            return await run_in_thread(work)
         finally:
             done.set()
             nursery.cancel_scope.cancel()

@@ -166,16 +166,10 @@ class _Server:
             reason = f"{len(descriptors)} descriptors instead of {DESCRIPTORS_PER_SPAWN}"
         pid = -1
         if reason is None:
-            # What the server ignores must not be lost on a child that is told to stop at once: it
-            # waits until the child takes signals as a daemon does.
-            signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
             try:
-                pid = os.fork()
+                pid = _fork()
             except OSError as error:
                 reason = f"fork: {error.strerror}"
-            finally:
-                if pid != 0:
-                    signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED)
         if pid == 0:
             stdin, stdout, stderr, gate = descriptors
             return _Newborn(
@@ -229,6 +223,21 @@ class _Server:
         # Also after the launcher has said (by a half-closed link) that it has no more orders.
         with contextlib.suppress(ConnectionError):
             self._link.sendall(json.dumps(message).encode())
+
+
+def _fork() -> int:
+    """Fork; what the server ignores waits in the child until it takes signals as a daemon does.
+
+    Else a child that is told to stop as soon as it is there would not hear it.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
+    pid = -1
+    try:
+        pid = os.fork()
+    finally:
+        if pid != 0:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED)
+    return pid
 
 
 def _decode_spawn(packet: bytes) -> tuple[int, Order]:

@@ -32,6 +32,7 @@ from daemons.launcher.measuring import (
 from daemons.lean_structlog import structlog
 from daemons.places import Places
 from daemons.registry import Role
+from daemons.threads import run_in_thread
 from daemons.tis_link import ChipFault, TisLink
 from hwtpm.tis_driver import TisFault
 
@@ -79,7 +80,7 @@ class PlatformFirmware:
         """
         async with self._turn:
             if self._parts is None:
-                await trio.to_thread.run_sync(self._measure)
+                await run_in_thread(self._measure)
 
     async def power_on(self, tell: Callable[[str], None]) -> None:
         """Power the chip on, start it up and measure the platform into it.
@@ -94,7 +95,7 @@ class PlatformFirmware:
         await self.measure()
         async with self._turn:
             tell("which is being powered on")
-            await trio.to_thread.run_sync(_unless_seized, self._power_on)
+            await run_in_thread(partial(_unless_seized, self._power_on))
 
     async def adopt(self) -> None:
         """Go on with the event log of an earlier launcher.
@@ -102,7 +103,7 @@ class PlatformFirmware:
         Raises:
             Failure: It is gone or damaged.
         """
-        events = await trio.to_thread.run_sync(read_log, self._places.event_log)
+        events = await run_in_thread(partial(read_log, self._places.event_log))
         if events is None:
             raise Failure(
                 "cannot take the platform over from an earlier launcher",
@@ -121,7 +122,7 @@ class PlatformFirmware:
         await self.measure()
         async with self._turn:
             work = partial(self._launch_manager, config_text)
-            await trio.to_thread.run_sync(_unless_seized, work)
+            await run_in_thread(partial(_unless_seized, work))
 
     async def read_pcrs(self) -> dict[int, bytes]:
         """Read all PCRs of the chip.
@@ -130,7 +131,7 @@ class PlatformFirmware:
             Failure: The chip is not reached, or refuses.
         """
         async with self._turn:
-            return await trio.to_thread.run_sync(_unless_seized, self._read_pcrs)
+            return await run_in_thread(partial(_unless_seized, self._read_pcrs))
 
     async def boot_hash(self, program: str) -> str:
         """Give the hex SHA-1 of a program, as measured at the launcher's start.

@@ -42,6 +42,7 @@ SERVERS_AT_ONCE_MAX = 3
 """Fork servers that may end by a signal one after the other without having been ready. Once one was
 ready, SIGKILL is not counted: who is killed has not failed, and is wanted back each time."""
 FIRST_WORDS_BYTES_MAX = 65536
+_POLL_S = 0.005
 
 log = structlog.get_logger()
 
@@ -239,7 +240,9 @@ class Spawner:
                     server.link.close()
                     server.pass_on_first_words()
                     raise
-                await trio.to_thread.run_sync(server.process.wait)
+                # Neither a thread nor a descriptor, of which there may be none: it is ending.
+                while server.process.poll() is None:  # noqa: ASYNC110
+                    await trio.sleep(_POLL_S)
                 server.link.close()
                 said = server.pass_on_first_words()
                 was_killed = (
