@@ -44,6 +44,8 @@ FORMATS: Final = (1, FORMAT_VERSION)
 """Version 1 had no markers and wrote the first state once."""
 SLOT_BYTES: Final = 256 * 1024
 FILE_BYTES: Final = 2 * SLOT_BYTES
+SEQUENCE_MAX: Final = 1 << 63
+"""Of states; nobody comes that far by saving."""
 MARKER_MAGIC: Final = b"HWTPM-OK"
 MARKER_PAGE_BYTES: Final = 4096
 """Of each slot, the end: there stands the marker for the other slot."""
@@ -213,7 +215,7 @@ class ChipMemory:
         try:
             return self._read_slot(slot)
         except _UnreadableSlotError as error:
-            return _Slot(reason=f"slot {slot}: {error}", is_of_1=error.is_of_1)
+            return _Slot(reason=f"slot {slot}: {error}", is_torn=error.is_torn)
 
     def _read_slot(self, slot: int) -> _Slot:
         if self._disk.size < FILE_BYTES:
@@ -233,7 +235,10 @@ class ChipMemory:
         except OSError as error:
             raise _UnreadableSlotError((error.strerror or str(error)).lower()) from error
         if _packed(header.sequence, state, header.version)[:HEADER_BYTES] != head:
-            raise _UnreadableSlotError("its checksum is wrong", is_of_1=header.version == 1)
+            # Version 1 wrote the first state once, and had no slot that nobody was told of.
+            raise _UnreadableSlotError("its checksum is wrong", is_torn=header.version != 1)
+        if not 0 < header.sequence <= SEQUENCE_MAX:
+            raise _UnreadableSlotError("its number is impossible", is_torn=False)
         return _Slot(sequence=header.sequence, sha256=header.sha256, state=state)
 
     def _examine_marker(self, slot: int) -> _Marked:
@@ -257,13 +262,16 @@ class ChipMemory:
             reasons = "; ".join(slot.reason for slot in torn)
             raise self._damaged(reasons or "a state was stored here, and both slots are blank")
         # One slot that was never completed beside a blank one: the first save, never told.
-        if torn and (slots[0] is not torn[0] or torn[0].is_of_1 or not self._is_torn_first()):
+        if torn and (slots[0] is not torn[0] or not torn[0].is_torn or not self._is_torn_first()):
             raise self._damaged(torn[0].reason)
 
     def _is_torn_first(self) -> bool:
         # What a torn write can leave is the beginning of a slot or nothing of it; what is somebody
         # else's file begins with something else.
-        begin = self._disk.read(0, len(MAGIC) + 2)
+        try:
+            begin = self._disk.read(0, len(MAGIC) + 2)
+        except OSError:
+            return False
         ours = MAGIC + FORMAT_VERSION.to_bytes(2, "big")
         return all(byte in (0, mine) for byte, mine in zip(begin, ours, strict=True))
 
@@ -331,8 +339,8 @@ class _Slot:
     state: bytes | None = field(default=None, repr=False)
     reason: str = ""
     """Why it cannot be read."""
-    is_of_1: bool = False
-    """It cannot be read, and says that version 1 of the format wrote it."""
+    is_torn: bool = True
+    """If it cannot be read: a save that was never completed may have left it so."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -347,9 +355,9 @@ class _Marked:
 class _UnreadableSlotError(Exception):
     """A slot holds something that is not a state."""
 
-    def __init__(self, why: str, *, is_of_1: bool = False) -> None:
+    def __init__(self, why: str, *, is_torn: bool = True) -> None:
         super().__init__(why)
-        self.is_of_1 = is_of_1
+        self.is_torn = is_torn
 
 
 def _marker_offset(slot: int) -> int:

@@ -44,6 +44,8 @@ def read_checked(path: Path, bytes_max: int) -> bytes | None:
             raise _unsafe(path, f"its mode {mode:04o} lets others write to it")
         with os.fdopen(descriptor, "rb", closefd=False) as file:
             content = file.read(bytes_max + 1)
+    except OSError as error:
+        raise _unsafe(path, f"it cannot be read ({error.strerror})") from error
     finally:
         os.close(descriptor)
     if len(content) > bytes_max:

@@ -206,7 +206,7 @@ class Registry:
         try:
             _check_owner(os.fstat(directory), self._directory)
             # A descriptor, not a path: the directory cannot be swapped between check and reading.
-            listed = os.listdir(directory) if only is None else [f"{only}.json"]  # noqa: PTH208
+            listed = self._listed(directory) if only is None else [f"{only}.json"]
             names = [name for name in listed if name.endswith(".json") and not name.startswith(".")]
             if len(names) > RECORDS_MAX:
                 raise _damaged(
@@ -221,6 +221,12 @@ class Registry:
                     yield error
         finally:
             os.close(directory)
+
+    def _listed(self, directory: int) -> list[str]:
+        try:
+            return os.listdir(directory)
+        except OSError as error:
+            raise _damaged(self._directory, os.strerror(error.errno or 0)) from error
 
     def _read(self, directory: int, name: str) -> _Read:
         path = self._directory / name
@@ -244,6 +250,8 @@ class Registry:
                 raise _damaged(path, "it has a second name (a hard link)")
             _check_owner(status, path)
             content = os.read(descriptor, RECORD_BYTES_MAX + 1)
+        except OSError as error:
+            raise _damaged(path, f"it cannot be read ({os.strerror(error.errno or 0)})") from error
         finally:
             os.close(descriptor)
         if len(content) > RECORD_BYTES_MAX:

@@ -286,6 +286,8 @@ def _replayed(records: list[bytes], permanent: Permanent) -> Remembered:
 
 def _whole(record: bytes) -> Remembered:
     parts = {tag: data for tag, data in _parts(record) if tag != _NOTE}
+    if not {_STCLEAR, _STANY, _VOLATILE} <= parts.keys():
+        raise ValueError("a snapshot without all of its sections")
     return Remembered(
         decode_section(StClear, parts[_STCLEAR]),
         decode_section(StAny, parts[_STANY]),

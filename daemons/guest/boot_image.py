@@ -20,6 +20,7 @@ Leaves to others: the menu's syntax (`grub_menu`), hashing (`loader`).
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
@@ -90,6 +91,18 @@ class ImageDamaged(ImageFailure):
         )
 
 
+class ImageUnreadable(ImageFailure):
+    """The disk under the image fails."""
+
+    def __init__(self, path: Path, error: OSError) -> None:
+        super().__init__(
+            f"cannot read image {path}",
+            why=(error.strerror or str(error)).lower(),
+            next_step="look at the disk it lies on, or put a copy of the image there",
+            exit_code=ExitCode.IO_ERROR,
+        )
+
+
 class ImageRefused(ImageFailure):
     """An image is not written, and stays as it is."""
 
@@ -119,14 +132,16 @@ class BootImage:
         ImageMissing: No such file.
         ImageBlank: Only zeros.
         ImageDamaged: Not an archive as described above.
+        ImageUnreadable: The disk fails.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = open_image(path, os.O_RDONLY)
         try:
-            self._size = self._file.seek(0, os.SEEK_END)
-            self.members = self._read_members()
+            with _disk_of(path):
+                self._size = self._file.seek(0, os.SEEK_END)
+                self.members = self._read_members()
         except BaseException:
             self._file.close()
             raise
@@ -151,6 +166,7 @@ class BootImage:
 
         Raises:
             ImageDamaged: It is not there, or too large.
+            ImageUnreadable: The disk fails.
         """
         member = self.members.get(name)
         if member is None:
@@ -159,8 +175,9 @@ class BootImage:
             raise ImageDamaged(
                 self.path, f"{name} has {member.size} bytes, more than {bytes_max} are not read"
             )
-        self._file.seek(member.offset)
-        data = self._file.read(member.size)
+        with _disk_of(self.path):
+            self._file.seek(member.offset)
+            data = self._file.read(member.size)
         if len(data) != member.size:
             raise ImageDamaged(self.path, f"the image ends inside {name}")
         return data
@@ -306,13 +323,39 @@ def _open_regular(path: Path, flags: int) -> int:
     raise OSError(errno.EINVAL, "it is not a regular file")
 
 
+@contextlib.contextmanager
+def _disk_of(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ImageUnreadable(path, error) from error
+
+
 def is_blank(image: BinaryIO) -> bool:
-    """Tell whether a file holds nothing but zeros (an empty one too)."""
-    image.seek(0)
-    while chunk := image.read(_CHUNK_BYTES):
+    """Tell whether a file holds nothing but zeros (an empty one too).
+
+    Holes are passed over: a disk of a terabyte that was never written has nothing else.
+    """
+    at = 0
+    while (at := _next_data(image, at)) >= 0:
+        image.seek(at)
+        chunk = image.read(_CHUNK_BYTES)
         if chunk.count(0) != len(chunk):
             return False
+        if not chunk:
+            return True
+        at += len(chunk)
     return True
+
+
+def _next_data(image: BinaryIO, at: int) -> int:
+    """Where the file has something else than a hole, from some byte on; -1 if nowhere."""
+    try:
+        return os.lseek(image.fileno(), at, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        return -1
 
 
 def _parse_header(block: bytes) -> tuple[str, int, bytes]:

@@ -1,11 +1,14 @@
 """The chip's memory: old or new after any crash, and never something new in place of damage."""
 
+import errno
+
 import pytest
 
-from daemons.chip_memory import FILE_BYTES, HEADER_BYTES, SLOT_BYTES, ChipMemory
+from daemons.chip_memory import FILE_BYTES, HEADER_BYTES, SLOT_BYTES, ChipMemory, _packed
 from daemons.errors import ExitCode, Failure
 from tests.fakes.faulty_disk import FaultyDisk, PowerLoss
 from tpm12.state import Permanent
+from tpm12.state_codec import encode_section
 
 
 def permanent(number):
@@ -105,6 +108,34 @@ def test_damage_of_both_slots_is_refused_and_left_as_it_is():
 def test_what_is_no_memory_is_refused_with_the_reason(contents, reason):
     with pytest.raises(Failure, match=reason):
         ChipMemory(FaultyDisk(contents)).load()
+
+
+@pytest.mark.parametrize("number", [0, (1 << 64) - 1])
+def test_state_with_a_number_that_nobody_comes_to_is_refused(number):
+    """Its checksum is right; the next save could not count on."""
+    contents = bytearray(FILE_BYTES)
+    packed = _packed(number, encode_section(permanent(1)))
+    contents[: len(packed)] = packed
+    with pytest.raises(Failure, match="its number is impossible"):
+        ChipMemory(FaultyDisk(bytes(contents))).load()
+
+
+class NoBeginning(FaultyDisk):
+    """Its first ten bytes cannot be read on their own."""
+
+    def read(self, offset, length):
+        if length == 10:
+            raise OSError(errno.EIO, "Input/output error")
+        return super().read(offset, length)
+
+
+def test_disk_that_fails_where_a_first_save_may_have_been_torn_is_refused():
+    contents = bytearray(saved(1).durable[:SLOT_BYTES] + bytes(SLOT_BYTES))
+    contents[HEADER_BYTES + 5] ^= 1
+    contents[SLOT_BYTES - 4096 :] = bytes(FILE_BYTES - SLOT_BYTES + 4096)
+    assert ChipMemory(FaultyDisk(bytes(contents))).load() is None  # torn, never told
+    with pytest.raises(Failure, match="checksum"):
+        ChipMemory(NoBeginning(bytes(contents))).load()
 
 
 def test_every_flipped_byte_of_the_newest_slot_gives_no_third_state():

@@ -2,6 +2,7 @@
 
 import contextlib
 from dataclasses import replace
+from pathlib import Path
 from uuid import UUID
 
 import pytest
@@ -191,6 +192,11 @@ def test_load_file_that_others_may_write_to_is_refused(tmp_path):
     path.chmod(0o664)
     with pytest.raises(UnsafeFile, match="0664"):
         load(path)
+
+
+def test_load_file_that_cannot_be_read_is_refused():
+    with pytest.raises(UnsafeFile, match="Input/output error"):
+        load(Path("/proc/self/mem"))  # at 0 there is nothing
 
 
 def test_load_symlink_or_directory_or_huge_file_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 """The registry: who a peer is, and what is never believed."""
 
+import errno
 import json
 import os
 from dataclasses import dataclass, replace
@@ -255,6 +256,17 @@ def test_file_that_is_not_safe_is_never_believed(writer, registry, directory, sp
         registry.get("vtpm-guest1")
     with pytest.raises((UnknownPeer, DamagedRegistry)):
         registry.lookup(Peer())
+
+
+@pytest.mark.parametrize("call", ["listdir", "read"])
+def test_file_that_cannot_be_read_is_a_refusal(writer, registry, monkeypatch, call):
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    writer.put(VTPM)
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(DamagedRegistry, match="Input/output error"):
+        registry.all()
 
 
 @pytest.mark.skipif(UID != 0, reason="only root gives files away")

@@ -9,7 +9,7 @@ import pytest
 from daemons.durable_tpm import DurableTpm
 from daemons.errors import ExitCode, Failure
 from daemons.journal import read_journal
-from daemons.volatile_memory import VolatileMemory, _replayed
+from daemons.volatile_memory import _SNAPSHOT, VolatileMemory, _replayed
 from protocol.constants import KeyUsage, Ordinal, ResourceType
 from tpm12.client import TpmClient
 from tpm12.client_core import Use
@@ -264,6 +264,11 @@ def test_journal_of_another_tpm_is_refused(machine, tmp_path):
     with pytest.raises(Failure) as caught:
         machine.start()
     assert caught.value.exit_code is ExitCode.DAMAGED
+
+
+def test_snapshot_without_all_of_its_sections_is_refused(machine):
+    with pytest.raises(ValueError, match="without all"):
+        _replayed([_SNAPSHOT], machine.store.permanent)
 
 
 def test_an_older_permanent_state_is_refused_and_the_right_one_goes_on(owned):

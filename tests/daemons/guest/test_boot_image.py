@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import tarfile
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,7 @@ from daemons.guest.boot_image import (
     ImageDamaged,
     ImageMissing,
     ImageRefused,
+    ImageUnreadable,
     make_archive,
     write_boot_image,
 )
@@ -109,6 +111,24 @@ def test_image_missing_is_named(tmp_path):
     with pytest.raises(ImageMissing) as failure:
         BootImage(tmp_path / "none.img")
     assert failure.value.exit_code is ExitCode.NO_INPUT
+
+
+def test_image_whose_disk_fails_is_refused_and_named():
+    with pytest.raises(ImageUnreadable) as failure:
+        BootImage(Path("/proc/self/mem"))
+    assert failure.value.exit_code is ExitCode.IO_ERROR
+    assert failure.value.why == "invalid argument"  # it has no end
+
+
+def test_image_blank_of_a_terabyte_is_told_at_once(image):
+    os.truncate(image, 1 << 40)
+    with pytest.raises(ImageBlank):
+        BootImage(image)
+    with image.open("r+b") as file:
+        file.seek(1 << 39)
+        file.write(b"x")
+    with pytest.raises(ImageDamaged):
+        BootImage(image)
 
 
 @pytest.mark.parametrize("size", [0, 1, 512, IMAGE_BYTES])
