@@ -38,15 +38,22 @@ def parse_domain_options(
         has_journal: Whether there is something to go on from.
     """
     parser = argparse.ArgumentParser(prog=program, description=description)
-    parser.add_argument("--root", type=Path, default=Path("/"), help="root of the installation")
+    parser.add_argument("--root", type=_root, default=Path("/"), help="root of the installation")
     parser.add_argument("--domain", required=True, help="name of its domain")
     parser.add_argument("--config", type=Path, required=True, help="the domain's xl config file")
     if has_journal:
         parser.add_argument(GO_ON, action="store_true", help="refuse to start without a journal")
     found = parser.parse_args(argv)
     return DomainOptions(
-        root=found.root.resolve(),
+        root=found.root,
         domain=found.domain,
         config=found.config,
         must_go_on=has_journal and found.go_on,
     )
+
+
+def _root(text: str) -> Path:
+    try:
+        return Path(text).resolve()
+    except (OSError, RuntimeError) as error:  # a loop of symlinks is a RuntimeError
+        raise argparse.ArgumentTypeError(f"{text!a} cannot be used: {error}") from error

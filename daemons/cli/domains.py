@@ -17,6 +17,7 @@ from daemons.cli.output import (
     warn,
 )
 from daemons.errors import ExitCode, Failure
+from daemons.xl.config_file import read_bytes
 
 CONFIG_BYTES_MAX = 64 * 1024
 
@@ -31,8 +32,7 @@ def read_config(path: Path) -> str:
         Failure: It cannot be read, is too long, or is not UTF-8.
     """
     try:
-        with path.open("rb") as file:
-            data = file.read(CONFIG_BYTES_MAX + 1)
+        data = read_bytes(path, CONFIG_BYTES_MAX)
         if len(data) > CONFIG_BYTES_MAX:
             why = f"it has more than {CONFIG_BYTES_MAX} bytes"
         else:

@@ -92,12 +92,18 @@ def note_power(places: Places) -> None:
         Failure: It cannot be.
     """
     marker = _marker(places)
+    # Neither a symlink nor a FIFO that somebody put there leads or holds the launcher anywhere.
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        marker.touch(mode=0o600)
-        marker.write_text(boot_id().hex(), encoding="ascii")
+        with os.fdopen(os.open(marker, flags, 0o600), "wb", buffering=0) as file:
+            file.truncate()  # fails where it is no file
+            try:
+                file.write(boot_id().hex().encode("ascii"))
+            except OSError:
+                with contextlib.suppress(OSError):
+                    marker.unlink()
+                raise
     except OSError as error:
-        with contextlib.suppress(OSError):
-            marker.unlink()
         raise _cannot_note("that the hardware TPM has its power", marker, error) from error
 
 
@@ -151,7 +157,7 @@ def _require_nobody(places: Places, marker: bytes | None, others: list[DomainRec
         record.name
         for record in others
         if record.pid and record.start_time and is_alive(record.pid, record.start_time)
-        if places.domain(record.name).config.exists()  # else it was not started by a launcher
+        if _has_config(places, record.name)  # else it was not started by a launcher
     ]
     if alive:
         mark = "is gone" if marker is None else "is not of this boot"
@@ -159,6 +165,17 @@ def _require_nobody(places: Places, marker: bytes | None, others: list[DomainRec
             f"the mark {_marker(places)} that the chip has its power {mark},"
             f" and yet {', '.join(alive)} run{'s' if len(alive) == 1 else ''}"
         )
+
+
+def _has_config(places: Places, name: str) -> bool:
+    path = places.domain(name).config
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise _cannot_take_over(f"{path} cannot be looked at ({error.strerror})") from error
+    return True
 
 
 def _require_newest(places: Places, records: Mapping[str, DomainRecord]) -> None:
@@ -217,7 +234,10 @@ def launched_before(places: Places, record: DomainRecord) -> Launched | None:
     if pid is None or start_time is None or not is_alive(pid, start_time):
         return None
     log_path = places.log_dir / f"{record.name}.log"
-    since_byte = log_path.stat().st_size if log_path.exists() else 0
+    try:
+        since_byte = log_path.lstat().st_size
+    except OSError:
+        since_byte = 0  # it is not there, or cannot be looked at: then no words are read either
     return Launched(
         process=AdoptedProcess(pid, start_time),
         last_words=lambda: read_last_words(log_path, since_byte),

@@ -8,7 +8,9 @@ it was written, tells what the daemon did and not why it ended. Pure but for `re
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -84,9 +86,16 @@ def read_last_words(log: Path, since_byte: int) -> LastWords:
     Args:
         log: Its log file.
         since_byte: Length of the log when the daemon was started.
+
+    Returns:
+        Empty ones if it is no file that can be read.
     """
     try:
-        with log.open("rb") as file:
+        # O_NONBLOCK: a FIFO in its place must not hold us up.
+        descriptor = os.open(log, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                return LastWords()
             length = file.seek(0, 2)
             file.seek(max(since_byte, length - TAIL_BYTES_MAX) if length > since_byte else length)
             tail = file.read(TAIL_BYTES_MAX)

@@ -64,8 +64,18 @@ def note_ready(places: Places, name: str, role: Role, pid: int) -> None:
 
 
 def was_ready(places: Places, name: str) -> bool:
-    """Whether one of the domain's processes has served since its journal began."""
-    return (places.domain(name).directory / READY_NAME).exists()
+    """Whether one of the domain's processes has served since its journal began.
+
+    Whatever stands in the place of the mark counts, and so does a place that cannot be looked at:
+    nobody who may have been used is started again without a journal.
+    """
+    try:
+        (places.domain(name).directory / READY_NAME).lstat()
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def who_has_served(places: Places) -> list[str]:

@@ -46,7 +46,7 @@ from daemons.systemd.domain_files import (
     unit_of,
     user_of,
 )
-from daemons.systemd.run_state import RunState
+from daemons.systemd.run_state import RunState, is_there
 from daemons.xl.domain_config import DomainConfig
 
 SUCCESS: Final = "success"
@@ -144,6 +144,9 @@ def forget(places: Places, name: str, role: Role, ending: Ending) -> None:
         name: Of the domain.
         role: What the unit starts.
         ending: How its service has ended.
+
+    Raises:
+        Failure: Something stands in the place of a file of its, which was left as it is.
     """
     state = RunState(places)
     if ending.result != SUCCESS:
@@ -155,7 +158,7 @@ def forget(places: Places, name: str, role: Role, ending: Ending) -> None:
         if role in {Role.HWTPM, Role.VTPM}:
             _forget_journal(places, name)
         if role is Role.GUEST:
-            (places.domain(name).directory / MEASUREMENTS).unlink(missing_ok=True)
+            _remove(places.domain(name).directory / MEASUREMENTS)
         if role is Role.HWTPM:
             _forget_power(places, state)
 
@@ -243,7 +246,7 @@ def _register_chip(places: Places) -> None:
     state = RunState(places)
     with state.locked():
         journal = places.domain(CHIP_NAME).journal
-        if state.is_powered and not journal.exists():
+        if state.is_powered and not is_there(journal):
             _forget_power(places, state)
             fallen = [record for record in state.reader.all() if record.role in _ABOVE_THE_CHIP]
             _start_again(state, fallen, ("vtpm-platform.service",))
@@ -280,7 +283,7 @@ def _check_unit(config: DomainConfig, role: Role) -> None:
 
 def _goes_on(places: Places, name: str, role: Role) -> bool:
     """Tell whether a process begins where the one before it was killed."""
-    return role is Role.MANAGER or (role is Role.VTPM and places.domain(name).journal.exists())
+    return role is Role.MANAGER or (role is Role.VTPM and is_there(places.domain(name).journal))
 
 
 def _record(
@@ -312,7 +315,7 @@ def _guests_of(state: RunState, vtpm: str) -> list[DomainRecord]:
 
 def _has_booted(places: Places, guest: DomainRecord) -> bool:
     """Tell whether a guest has measured its boot into the vTPM that is no more."""
-    return (places.domain(guest.name).directory / MEASUREMENTS).exists()
+    return is_there(places.domain(guest.name).directory / MEASUREMENTS)
 
 
 def _start_again(
@@ -329,13 +332,35 @@ def _start_again(
 
 
 def _forget_journal(places: Places, name: str) -> None:
-    places.domain(name).journal.unlink(missing_ok=True)
-    places.domain(name).requests.unlink(missing_ok=True)
+    _remove(places.domain(name).journal, places.domain(name).requests)
 
 
 def _forget_power(places: Places, state: RunState) -> None:
     """The chip has lost its volatile state: what was true of it is no more."""
+    chip, manager = places.domain(CHIP_NAME), places.domain(MANAGER_NAME)
+    _remove(chip.journal, chip.requests, manager.journal, manager.requests, places.event_log)
+    # Last: as long as the mark is there, a start without a journal comes here again.
     state.set_powered(powered=False)
-    places.event_log.unlink(missing_ok=True)
-    _forget_journal(places, CHIP_NAME)
-    _forget_journal(places, MANAGER_NAME)
+
+
+def _remove(*paths: Path) -> None:
+    """Remove files, also those behind one that cannot be removed.
+
+    Raises:
+        Failure: One cannot be: a directory stands in its place, for one. It was left as it is.
+    """
+    failures = []
+    for path in paths:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            failures.append(
+                Failure(
+                    f"cannot remove {path}",
+                    why=error.strerror or str(error),
+                    next_step="The stack has put no such thing there: look at it, take it away",
+                    exit_code=ExitCode.IO_ERROR,
+                )
+            )
+    if failures:
+        raise failures[0]

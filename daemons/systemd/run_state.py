@@ -2,6 +2,9 @@
 
 Everything here is root's; the daemons can read the records and nothing else. Names that begin with
 a dot are no records.
+
+Invariant: where anything but a regular file stands in the place of a mark, a counter or a lock,
+nobody is held up by it or led elsewhere, it stays as it is, and a Failure tells of it.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import contextlib
 import fcntl
 import grp
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -18,12 +22,14 @@ from daemons import policy
 from daemons.errors import ExitCode, Failure
 from daemons.journal import GO_ON
 from daemons.launcher.domain import DOMID_MAX
-from daemons.listeners import start_time_of
+from daemons.listeners import describe_file, start_time_of
 from daemons.places import DOMAIN0_NAME, Places
+from daemons.private_files import read_checked
 from daemons.registry import DomainRecord, Registry, RegistryWriter, Role
 
 STABLE_S: Final = 60.0
 """Who fails again after more than this has failed for the first time."""
+COUNTER_BYTES_MAX: Final = 128
 READERS_GROUP: Final = "vtpm"
 """All daemons and domains: they look each other up."""
 
@@ -55,10 +61,13 @@ class RunState:
 
     @contextlib.contextmanager
     def locked(self, name: str = ".lock") -> Iterator[None]:
-        """Hold a lock of this directory."""
-        descriptor = os.open(
-            self._directory / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
-        )
+        """Hold a lock of this directory.
+
+        Raises:
+            Failure: Something else stands in its place.
+        """
+        path = self._directory / name
+        descriptor = _open(path, os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
@@ -70,13 +79,13 @@ class RunState:
         taken = {record.domid for record in self.reader.all()}
         counter = self._directory / ".last-domid"
         try:
-            last = int(counter.read_text("ascii"))
-        except (FileNotFoundError, ValueError):
+            last = int(read_checked(counter, COUNTER_BYTES_MAX) or b"")
+        except ValueError:
             last = 0
         while True:
             last = last % DOMID_MAX + 1
             if last not in taken:
-                counter.write_text(f"{last}\n", "ascii")
+                _write(counter, f"{last}\n")
                 return last
 
     def set_must_go_on(self, name: str, *, must: bool) -> None:
@@ -85,48 +94,45 @@ class RunState:
         The unit reads it as an EnvironmentFile. What is to go on must not begin anew because
         somebody took the journal away in between.
         """
-        path = self._directory / f".{name}.env"
-        beside = path.with_name(f"{path.name}.new")
-        beside.write_text(f"VTPM_GO_ON={GO_ON if must else ''}\n", "ascii")
-        beside.rename(path)
+        _write(self._directory / f".{name}.env", f"VTPM_GO_ON={GO_ON if must else ''}\n")
 
     def _hold_mark(self, name: str) -> Path:
         return self._directory / f".{name}.held"
 
     def is_held(self, name: str) -> bool:
         """Tell whether a domain was created paused, and nobody has started it since."""
-        return self._hold_mark(name).exists()
+        return _is_marked(self._hold_mark(name))
 
     def set_held(self, name: str, *, is_held: bool) -> None:
         """Write down that a domain was created paused, or that it need not be held back."""
-        if is_held:
-            self._hold_mark(name).touch(0o600)
-        else:
-            self._hold_mark(name).unlink(missing_ok=True)
+        _set_mark(self._hold_mark(name), is_set=is_held)
 
     def _refusal_mark(self, name: str) -> Path:
         return self._directory / f".{name}.refused"
 
     def is_refused(self, name: str) -> bool:
-        """Tell whether the last start of a domain ended before its process was begun."""
-        return self._refusal_mark(name).exists()
+        """Tell whether the last start of a domain ended before its process was begun.
+
+        With something else in the place of the mark every start ends there.
+        """
+        return is_there(self._refusal_mark(name))
 
     @contextlib.contextmanager
     def refused_unless_done(self, name: str) -> Iterator[None]:
         """Mark a domain as refused if what is done here is not done to the end."""
-        self._refusal_mark(name).touch(0o600)
+        _set_mark(self._refusal_mark(name), is_set=True)
         yield
-        self._refusal_mark(name).unlink()
+        _set_mark(self._refusal_mark(name), is_set=False)
 
     def count_failure(self, name: str, now_s: float) -> int:
         """Count a process that has ended by itself; how many have, one soon after the other."""
         path = self._directory / f".{name}.failures"
         try:
-            text, _, last = path.read_text("ascii").partition(" ")
+            text, _, last = (read_checked(path, COUNTER_BYTES_MAX) or b"").partition(b" ")
             in_a_row = int(text) if now_s - float(last) < STABLE_S else 0
-        except (FileNotFoundError, ValueError):
+        except ValueError:
             in_a_row = 0
-        path.write_text(f"{in_a_row + 1} {now_s}\n", "ascii")
+        _write(path, f"{in_a_row + 1} {now_s}\n")
         return in_a_row + 1
 
     @property
@@ -136,14 +142,11 @@ class RunState:
     @property
     def is_powered(self) -> bool:
         """Whether the platform was powered on and the chip has kept its state since."""
-        return self._power_mark.exists()
+        return _is_marked(self._power_mark)
 
     def set_powered(self, *, powered: bool) -> None:
         """Write down that the firmware has played through, or that the chip lost its state."""
-        if powered:
-            self._power_mark.touch(0o600)
-        else:
-            self._power_mark.unlink(missing_ok=True)
+        _set_mark(self._power_mark, is_set=powered)
 
     @contextlib.contextmanager
     def as_domain0(self) -> Iterator[None]:
@@ -166,3 +169,90 @@ class RunState:
                 yield
             finally:
                 self.writer.remove(DOMAIN0_NAME)
+
+
+def is_there(path: Path) -> bool:
+    """Tell whether anything stands at a path: a link counts, wherever it leads.
+
+    Raises:
+        Failure: It cannot be looked at.
+    """
+    return _mode(path) is not None
+
+
+def _mode(path: Path) -> int | None:
+    try:
+        return path.lstat().st_mode
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise _unusable(path, error) from error
+
+
+def _is_marked(path: Path) -> bool:
+    mode = _mode(path)
+    if mode is not None and not stat.S_ISREG(mode):
+        raise _in_the_way(path)
+    return mode is not None
+
+
+def _set_mark(path: Path, *, is_set: bool) -> None:
+    if _is_marked(path) is is_set:
+        return
+    if is_set:
+        os.close(_open(path, os.O_WRONLY | os.O_CREAT))
+        return
+    try:
+        path.unlink()
+    except OSError as error:
+        raise _unusable(path, error) from error
+
+
+def _write(path: Path, text: str) -> None:
+    """Put a small file in the place of the one before; who reads it finds one or the other."""
+    _is_marked(path)
+    beside = path.with_name(f"{path.name}.new")
+    descriptor = _open(beside, os.O_WRONLY | os.O_CREAT)
+    try:
+        with os.fdopen(descriptor, "wb", buffering=0) as file:
+            file.truncate()
+            file.write(text.encode("ascii"))
+        beside.rename(path)
+    except OSError as error:
+        raise _unusable(path, error) from error
+
+
+def _open(path: Path, flags: int) -> int:
+    """Open a file of ours, or make it.
+
+    Raises:
+        Failure: Something else stands in its place, or it cannot be opened.
+    """
+    try:
+        # O_NONBLOCK: a FIFO in its place must not hold us up.
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        _is_marked(path)  # says it better, where it is no file
+        raise _unusable(path, error) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _in_the_way(path)
+    return descriptor
+
+
+def _in_the_way(path: Path) -> Failure:
+    return Failure(
+        f"cannot use {path}",
+        why=f"it is {describe_file(path)}, not an ordinary file",
+        next_step="The stack has put no such thing there: look at it, take it away, and try again",
+        exit_code=ExitCode.CONFIGURATION,
+    )
+
+
+def _unusable(path: Path, error: OSError) -> Failure:
+    return Failure(
+        f"cannot use {path}",
+        why=error.strerror or str(error),
+        next_step="Make room on its file system, and look at its owner and mode",
+        exit_code=ExitCode.IO_ERROR,
+    )

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Final
 
 from daemons.errors import ExitCode, Failure
+from daemons.xl.config_file import read_bytes
 
 CONFIG_CHARACTERS_MAX: Final = 256 * 1024
 ADDITIONS_MAX: Final = 1000
@@ -196,8 +197,7 @@ def read(path: Path) -> XlConfig:
         Failure: the file cannot be read, or is not UTF-8.
     """
     try:
-        with path.open("rb") as file:
-            content = file.read(4 * CONFIG_CHARACTERS_MAX + 1)
+        content = read_bytes(path, 4 * CONFIG_CHARACTERS_MAX)
     except OSError as error:
         raise Failure(
             f"cannot read the config file {_printable(str(path))}",

@@ -1,7 +1,10 @@
 """Subcommands about domains: what they ask of the launcher, what they print, how they fail."""
 
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -117,6 +120,35 @@ def test_create_of_unreadable_file_asks_nothing(launcher, vtpm, tmp_path, conten
     done = vtpm("create", path)
     assert done.exit_code == ExitCode.NO_INPUT
     assert why in done.stderr
+    assert launcher.calls == []
+
+
+@pytest.mark.parametrize("command", ["create", "up"])
+@pytest.mark.timeout(60)
+def test_fifo_that_nobody_writes_into_is_refused(launcher, vtpm, tmp_path, command):
+    path = tmp_path / "guest1.cfg"
+    os.mkfifo(path)
+    done = vtpm(command, path)
+    assert done.exit_code == ExitCode.NO_INPUT
+    assert "cannot read the config file" in done.stderr
+    assert "nobody writes into it" in done.stderr
+    assert launcher.calls == []
+    assert path.is_fifo()
+
+
+@pytest.mark.parametrize("words", ["create <(cat {})", "create /dev/stdin < {}"])
+def test_config_file_may_come_through_a_pipe(launcher, places, config, words):
+    command = f"{sys.executable} -m daemons.cli.main {words.format(config)}"
+    environment = {**os.environ, "VTPM_ROOT": str(places.root)}
+    subprocess.run(["bash", "-c", command], check=True, timeout=60, env=environment)
+    ((method, params),) = launcher.calls
+    assert (method, params["config_text"]) == ("create", CONFIG)
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.symlink_to(path.name)])
+def test_directory_and_loop_are_no_config_file(launcher, vtpm, tmp_path, make):
+    make(tmp_path / "guest1.cfg")
+    assert vtpm("create", tmp_path / "guest1.cfg").exit_code == ExitCode.NO_INPUT
     assert launcher.calls == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 
 import pytest
 import structlog
@@ -91,6 +92,37 @@ def test_only_what_was_written_since_the_start_counts(tmp_path):
     log.write_text("a: error: old\na: error: new\n")
     assert read_last_words(log, 14) == LastWords(why="a: error: new")
     assert read_last_words(tmp_path / "missing", 0) == LastWords()
+
+
+def fifo(path):
+    os.mkfifo(path)
+
+
+def directory(path):
+    path.mkdir()
+
+
+def loop(path):
+    path.symlink_to(path.name)
+
+
+@pytest.mark.parametrize("make", [fifo, directory, loop])
+@pytest.mark.timeout(20)
+def test_what_is_no_log_has_no_words_and_holds_nobody_up(tmp_path, make):
+    make(tmp_path / "a.log")
+    assert read_last_words(tmp_path / "a.log", 0) == LastWords()
+
+
+@pytest.mark.timeout(20)
+def test_fifo_with_a_writer_has_no_words(tmp_path):
+    log = tmp_path / "a.log"
+    os.mkfifo(log)
+    descriptor = os.open(log, os.O_RDWR)
+    try:
+        os.write(descriptor, b"a: error: old\n")
+        assert read_last_words(log, 0) == LastWords()
+    finally:
+        os.close(descriptor)
 
 
 def test_long_words_are_cut():

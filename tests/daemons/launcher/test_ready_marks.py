@@ -16,6 +16,7 @@ from daemons.launcher.ready_marks import (
 from daemons.listeners import start_time_of
 from daemons.places import Places
 from daemons.registry import DomainRecord, Role
+from tests.daemons.launcher.plain_user import nobody_looks_into
 
 
 @pytest.fixture
@@ -87,6 +88,16 @@ def test_something_else_in_the_place_of_a_mark_names_nobody(places):
     mark(places).parent.rmdir()
     with pytest.raises(Failure, match="cannot note that guest1 serves"):
         note_ready(places, "guest1", Role.GUEST, os.getpid())
+
+
+def test_whoever_may_have_been_used_has_been(places):
+    directory = mark(places).parent
+    mark(places).symlink_to(READY_NAME)
+    assert was_ready(places, "guest1")
+    mark(places).unlink()
+    assert not was_ready(places, "guest1")
+    with nobody_looks_into(directory):
+        assert was_ready(places, "guest1")
 
 
 def test_a_record_that_names_another_process_than_the_one_that_serves_is_told(places):
