@@ -48,12 +48,16 @@ def demo(root: Root = None) -> None:
 @contextmanager
 def _scratch_root(chosen: str | None) -> Iterator[Path]:
     if chosen is not None:
-        path = Path(chosen).resolve()
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if any(path.iterdir()):
+        path, why = Path(chosen).absolute(), "it is not empty"
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            is_usable = not any(path.iterdir())
+        except OSError as error:
+            is_usable, why = False, error.strerror or str(error)
+        if not is_usable:
             raise Failure(
                 f"the demo does not use {path}",
-                why="it is not empty",
+                why=why,
                 next_step="name a new directory, or none",
                 exit_code=ExitCode.USAGE,
             )

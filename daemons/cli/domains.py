@@ -17,7 +17,7 @@ from daemons.cli.output import (
     warn,
 )
 from daemons.errors import ExitCode, Failure
-from daemons.xl.config_file import read_bytes
+from daemons.named_files import read_bytes
 
 CONFIG_BYTES_MAX = 64 * 1024
 

@@ -11,6 +11,7 @@ import typer
 from daemons.cli.options import Json, Root, ask, new_app, places_of
 from daemons.cli.output import print_json, print_line, print_rows, progress
 from daemons.errors import ExitCode, Failure
+from daemons.named_files import read_bytes
 
 if TYPE_CHECKING:
     from daemons.cli.stack import DomainFile
@@ -197,10 +198,10 @@ def refuse_under_systemd(places: Places, what: str) -> None:
 
 
 def _read(plan: Path) -> tuple[bytes, FaultPlan]:
-    from daemons.faults.plan import parse_plan  # noqa: PLC0415 - `--help` needs none of it
+    from daemons.faults.plan import PLAN_BYTES_MAX, parse_plan  # noqa: PLC0415 - `--help` needs none of it
 
     try:
-        content = plan.read_bytes()
+        content = read_bytes(plan, PLAN_BYTES_MAX)
     except OSError as error:
         raise Failure(
             f"cannot read the fault plan {plan}",

@@ -10,6 +10,7 @@ import typer
 from daemons.cli.options import Json, Root, new_app, places_of
 from daemons.cli.output import print_json, print_line, print_rows
 from daemons.errors import ExitCode, Failure
+from daemons.named_files import read_bytes
 
 Image = Annotated[
     Path,
@@ -97,8 +98,7 @@ def image_show(image: Image, as_json: Json = False, root: Root = None) -> None:
 
 def _read(path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
-            data = file.read(_FILE_BYTES_MAX + 1)
+        data = read_bytes(path, _FILE_BYTES_MAX)
     except OSError as error:
         raise Failure(
             f"cannot read {path}",

@@ -20,6 +20,7 @@ from daemons.cli.guests import tpm0_of
 from daemons.cli.options import Json, Root, new_app
 from daemons.cli.output import print_json, print_line
 from daemons.errors import ExitCode, Failure
+from daemons.named_files import read_bytes
 
 if TYPE_CHECKING:
     from protocol.return_codes import ReturnCode
@@ -33,6 +34,7 @@ Pcr = Annotated[int, typer.Argument(min=0, max=23)]
 Size = Annotated[int, typer.Argument(metavar="BYTES", min=0, max=0xFFFF)]
 WELL_KNOWN: Final = "well-known"
 _CMD_ENABLE, _NOTPRESENT, _PRESENT = 0x0020, 0x0010, 0x0008  # Part 2 §4.9
+_FILE_BYTES_MAX: Final = 256 * 1024 * 1024
 _NV_INDEX_MAX: Final = 0xFFFFFFFF
 _PUBLIC_OWNER_RIGHTS: Final = 0x00020002  # OWNERREAD and OWNERWRITE
 
@@ -334,15 +336,19 @@ def _index(text: str) -> int:
 
 
 def _read(path: Path) -> bytes:
+    why = f"it has more than {_FILE_BYTES_MAX} bytes"
     try:
-        return path.read_bytes()
+        content = read_bytes(path, _FILE_BYTES_MAX)
+        if len(content) <= _FILE_BYTES_MAX:
+            return content
     except OSError as error:
-        raise Failure(
-            f"cannot read {path}",
-            why=(error.strerror or str(error)).lower(),
-            next_step="Name a file that can be read.",
-            exit_code=ExitCode.NO_INPUT,
-        ) from error
+        why = (error.strerror or str(error)).lower()
+    raise Failure(
+        f"cannot read {path}",
+        why=why,
+        next_step="Name a file that can be read.",
+        exit_code=ExitCode.NO_INPUT,
+    )
 
 
 def _write(path: Path, data: bytes) -> None:

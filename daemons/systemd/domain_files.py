@@ -141,6 +141,14 @@ def read_all(places: Places) -> tuple[dict[str, DomainConfig], list[Failure]]:
         paths = sorted(places.domains.iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return {}, []
+    except OSError as error:
+        unread = Failure(
+            f"cannot look into {places.domains}",
+            why=error.strerror or str(error),
+            next_step="Look at its owner and mode",
+            exit_code=ExitCode.NO_PERMISSION,
+        )
+        return {}, [unread]
     for path in paths:
         if path.suffix != SUFFIX or path.name.startswith("."):
             continue

@@ -238,6 +238,13 @@ def give_image(image: Path, uid: int, name: str) -> None:
             )
         os.fchown(descriptor, uid, -1)
         os.fchmod(descriptor, 0o600)
+    except OSError as error:
+        raise Failure(
+            what,
+            why=f"it cannot be given to uid {uid}: {error.strerror}",
+            next_step="Put the image on a file system that can be written",
+            exit_code=ExitCode.IO_ERROR,
+        ) from error
     finally:
         os.close(descriptor)
 

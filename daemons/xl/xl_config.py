@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Final
 
 from daemons.errors import ExitCode, Failure
-from daemons.xl.config_file import read_bytes
+from daemons.named_files import read_bytes
 
 CONFIG_CHARACTERS_MAX: Final = 256 * 1024
 ADDITIONS_MAX: Final = 1000

@@ -1,4 +1,4 @@
-"""A config file that is a pipe: read to its end, and never waited for without end."""
+"""A named file that is a pipe: read to its end, and never waited for without end."""
 
 import os
 import threading
@@ -6,9 +6,9 @@ import time
 
 import pytest
 
+from daemons import named_files
 from daemons.errors import ExitCode, Failure
-from daemons.xl import config_file
-from daemons.xl.config_file import read_bytes
+from daemons.named_files import read_bytes
 from daemons.xl.xl_config import read
 
 pytestmark = pytest.mark.timeout(20)
@@ -25,8 +25,8 @@ def fifo(tmp_path):
 
 @pytest.fixture
 def soon(monkeypatch):
-    monkeypatch.setattr(config_file, "WRITER_WAIT_S", 0.2)
-    monkeypatch.setattr(config_file, "SILENCE_MAX_S", 0.3)
+    monkeypatch.setattr(named_files, "WRITER_WAIT_S", 0.2)
+    monkeypatch.setattr(named_files, "SILENCE_MAX_S", 0.3)
 
 
 def writer(path, *parts, pause_s=0.0):
@@ -75,7 +75,7 @@ def test_pipe_is_read_to_its_end(fifo, pause_s):
 
 
 def test_who_thinks_before_writing_is_waited_for(fifo, monkeypatch):
-    monkeypatch.setattr(config_file, "WRITER_WAIT_S", 0.1)
+    monkeypatch.setattr(named_files, "WRITER_WAIT_S", 0.1)
     thread = writer(fifo, b"", TEXT, pause_s=0.05)
     time.sleep(0.02)
     assert read_bytes(fifo, 100) == TEXT
@@ -90,7 +90,7 @@ def test_pipe_whose_writer_has_gone_is_read(tmp_path):
         began = time.monotonic()
         assert read_bytes(tmp_path / f"/dev/fd/{there}", 100) == TEXT
         assert read_bytes(tmp_path / f"/dev/fd/{there}", 100) == b""
-        assert time.monotonic() - began < config_file.WRITER_WAIT_S
+        assert time.monotonic() - began < named_files.WRITER_WAIT_S
     finally:
         os.close(there)
 

@@ -1,4 +1,4 @@
-"""Reading a config file that a person names: a file, or a pipe such as a shell's `<(...)`.
+"""Reading a file that a person names: a file, or a pipe such as a shell's `<(...)`.
 
 A pipe is read to its end, but never waited for without end: who names a FIFO that nobody writes
 into is told so.
@@ -19,7 +19,7 @@ SILENCE_MAX_S: Final = 30.0
 
 
 def read_bytes(path: Path, bytes_max: int) -> bytes:
-    """Read a config file, and of one that is too long one byte more than it may have.
+    """Read a file, and of one that is too long one byte more than it may have.
 
     Raises:
         OSError: It cannot be read; or it is a pipe, and nobody writes into it.
