@@ -11,13 +11,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from tests.system.scratch_stack import GUEST1, GUEST2, MANAGER, VTPM1, VTPM2, ScratchStack
+from tests.system.scratch_stack import (
+    GUEST1,
+    GUEST2,
+    MANAGER,
+    VTPM1,
+    VTPM2,
+    Said,
+    ScratchStack,
+)
 
 CHIP: Final = "hwtpm"
 LAUNCHER: Final = "Domain-0"
 PAGE_BYTES: Final = 4096
 DOWN, RESTARTING, RUNNING = "down", "restarting", "running"
 Where = Callable[[ScratchStack], Path]
+STATUSES: Final = {65, 66, 69, 74, 77, 78}
+"""Of refusals: damaged, not there, unavailable, disk, permission, configuration. Never a bug."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,8 @@ class StoredFile:
         states: In which states of the stack it is there.
         other: The same kind of file of another domain.
         is_written: By the stack; else only people write it.
+        is_stranger: Nothing of the stack's; it is put there for a cell.
+        has_meaning: For the stack; nobody but a person reads the others.
     """
 
     where: Where
@@ -37,6 +49,8 @@ class StoredFile:
     states: tuple[str, ...] = (DOWN, RESTARTING, RUNNING)
     other: Where | None = None
     is_written: bool = True
+    is_stranger: bool = False
+    has_meaning: bool = True
 
 
 _RUN: Final = (RESTARTING, RUNNING)
@@ -48,6 +62,10 @@ def _of(domain: str, name: str) -> Where:
 
 def _record(name: str) -> Where:
     return lambda stack: stack.places.registry / f"{name}.json"
+
+
+def _log(name: str) -> Where:
+    return lambda stack: stack.places.log_dir / f"{name}.log"
 
 
 FILES: Final[dict[str, StoredFile]] = {
@@ -86,6 +104,26 @@ FILES: Final[dict[str, StoredFile]] = {
     "event log": StoredFile(lambda stack: stack.places.event_log, LAUNCHER, _RUN),
     "measurements": StoredFile(
         _of(GUEST1, "measurements.json"), GUEST1, _RUN, _of(GUEST2, "measurements.json")
+    ),
+    "manager requests": StoredFile(_of(MANAGER, "requests"), MANAGER, _RUN, _of(VTPM2, "journal")),
+    "own ready mark": StoredFile(_of(VTPM1, "ready"), VTPM1, (RESTARTING,)),
+    "launcher log": StoredFile(_log("launcher"), LAUNCHER, has_meaning=False),
+    "vTPM log": StoredFile(_log(VTPM1), VTPM1, has_meaning=False),
+    "begun record": StoredFile(
+        lambda stack: stack.places.registry / f".{VTPM1}.json.new",
+        VTPM1,
+        _RUN,
+        is_stranger=True,
+        has_meaning=False,
+    ),
+    "begun config": StoredFile(
+        _of(VTPM1, "domain.cfg.new"), VTPM1, _RUN, is_stranger=True, has_meaning=False
+    ),
+    "stranger in the registry": StoredFile(
+        _record("stranger"), LAUNCHER, _RUN, is_stranger=True, has_meaning=False
+    ),
+    "stranger with a guest": StoredFile(
+        _of(GUEST1, "stranger"), GUEST1, _RUN, is_stranger=True, has_meaning=False
     ),
 }
 
@@ -266,6 +304,32 @@ DAMAGES: Final[dict[str, Damage]] = {
         directory,
     )
 }
+
+
+CONTENTS: Final = {"flipped", "one_bit", "truncated", "zeroed", "swapped", "older"}
+"""Damages that say nothing about a file whose contents mean nothing."""
+
+
+def check_said(said: Said) -> str:
+    """A subcommand that did not do it has to say why."""
+    assert said.status in STATUSES, said
+    assert said.what, said
+    assert said.why, said
+    assert said.next_step, said
+    assert "Traceback" not in said.err
+    return str(said)
+
+
+@contextlib.contextmanager
+def there(file: StoredFile, path: Path) -> Iterator[None]:
+    """A stranger is put there, and taken away after the block; all else is there anyway."""
+    if file.is_stranger:
+        path.write_bytes(b"nobody knows me")
+    try:
+        yield
+    finally:
+        if file.is_stranger:
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

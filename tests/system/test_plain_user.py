@@ -6,6 +6,7 @@ are that user.
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -15,14 +16,18 @@ from pathlib import Path
 
 import pytest
 
+from tests.system.belongings import Belongings
+from tests.system.damage import STATUSES, check_said
 from tests.system.measured_boot import boot_pcrs
 from tests.system.scratch_stack import (
     FIRST_CHAIN,
     GUEST1,
     MANAGER,
     PROJECT,
+    VTPM1,
     ScratchStack,
     example,
+    kill_and_wait,
     vtpm_command,
 )
 
@@ -116,6 +121,58 @@ def test_plain_user_runs_the_whole_chain_below_the_home(at_home):
     said = at_home.vtpm("up", *(example(name) for name in FIRST_CHAIN))
     assert "making" not in said.err
     at_home.vtpm("exec", GUEST1, "--", "sh", "-c", 'test -S "$TPM_DEVICE"')
+
+
+FOLDERS = {
+    "run": lambda places: places.run,
+    "registry": lambda places: places.registry,
+    "vTPM": lambda places: places.domain(VTPM1).directory,
+    "guest": lambda places: places.domain(GUEST1).directory,
+    "chip": lambda places: places.domain("hwtpm").directory,
+    "memory": lambda places: places.chip_memory.parent,
+    "logs": lambda places: places.log_dir,
+    "settings": lambda places: places.config,
+    "images": lambda places: places.root / "images",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("state", ["down", "restarting", "running"])
+def test_folder_that_its_user_may_not_enter_is_refused_and_comes_back(at_home, seed, state):
+    """The damage matrix has no such cells: root may enter any folder. CI draws some folders."""
+    names = sorted(FOLDERS)
+    if os.environ.get("DAMAGE_CELLS") != "all":
+        names = random.Random(f"{seed} {state}").sample(names, 3)
+    at_home.make_boot(GUEST1)
+    at_home.set("launcherd", 'log_level = "info"')
+    give(at_home.places.config, (at_home.root.stat().st_uid, -1))
+    at_home.up(*FIRST_CHAIN)
+    things = Belongings()
+    things.put_into(at_home, GUEST1)
+    up = ("up", *(example(name) for name in FIRST_CHAIN))
+    for name in names:
+        folder = FOLDERS[name](at_home.places)
+        if state == "down":
+            at_home.down()
+        elif state == "restarting":
+            kill_and_wait(at_home.pid("Domain-0"))
+        if not folder.is_dir():
+            continue
+        mode = folder.stat().st_mode & 0o777
+        folder.chmod(0)
+        try:
+            asked = [["list"], ["status"], ["pcrs", GUEST1]] if state == "running" else [up]
+            for words in (*asked, ["doctor"]):
+                said = at_home.vtpm(*words, status=None)
+                assert "Traceback" not in said.err, (name, said)
+                assert said.status in {0, *STATUSES}, (name, said)
+                if said.status and words[0] != "doctor":
+                    check_said(said)
+        finally:
+            folder.chmod(mode)
+        at_home.vtpm(*up)
+        at_home.until_running(*FIRST_CHAIN)
+        things.check(at_home, GUEST1)
 
 
 def test_plain_user_without_any_directory_is_told_what_to_give(at_home):
