@@ -12,6 +12,7 @@ from typing import Final
 from daemons.launcher.domain import PROGRAMS
 from daemons.launcher.fork_server import Order
 from daemons.launcher.last_words import read_last_words
+from daemons.launcher.ready_marks import check_place
 from daemons.launcher.spawner import open_log
 from daemons.launcher.stack import Stack
 from daemons.launcher.supervisor import Launched
@@ -45,9 +46,10 @@ async def start_process(stack: Stack, start: Start) -> Launched:
     """Start a process; it does nothing before it is in the registry.
 
     Raises:
-        Failure: As `Spawner.spawn`; or the log cannot be opened.
+        Failure: As `Spawner.spawn`; or its log or its mark of readiness cannot be opened.
         Exception: What `register` raises; the process has then ended unborn.
     """
+    check_place(stack.places, start.name)
     program = PROGRAMS[start.role]
     order = Order(
         program=program,

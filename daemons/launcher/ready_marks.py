@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Final
 
 from daemons.errors import ExitCode, Failure
 from daemons.launcher.processes import is_alive
-from daemons.listeners import start_time_of
+from daemons.listeners import describe_file, start_time_of
 from daemons.places import Places
 from daemons.private_files import read_checked
 from daemons.registry import DomainRecord, Role
@@ -37,6 +38,26 @@ class Serving:
     role: Role
     pid: int
     start_time: int
+
+
+def check_place(places: Places, name: str) -> None:
+    """Check that a domain's mark can be written, before a process waits for it in vain.
+
+    Raises:
+        Failure: Something else stands in its place.
+    """
+    mark = places.domain(name).directory / READY_NAME
+    try:
+        if stat.S_ISREG(mark.lstat().st_mode):
+            return
+    except OSError:  # nothing is there; or whoever writes it will say why he cannot
+        return
+    raise Failure(
+        f"cannot start {name}",
+        why=f"{mark}, where it is noted who serves, is {describe_file(mark)}",
+        next_step=f"The stack has put no such thing there: take it away, then: vtpm reboot {name}",
+        exit_code=ExitCode.CONFIGURATION,
+    )
 
 
 def note_ready(places: Places, name: str, role: Role, pid: int) -> None:

@@ -16,6 +16,7 @@ from daemons.launcher.ready_marks import (
 from daemons.listeners import start_time_of
 from daemons.places import Places
 from daemons.registry import DomainRecord, Role
+from tests.daemons.launcher.fake_stack import kill
 from tests.daemons.launcher.plain_user import nobody_looks_into
 
 
@@ -132,3 +133,19 @@ def test_what_stands_in_the_place_of_a_mark_is_refused_and_holds_nobody_up(place
     with pytest.raises(Failure, match="cannot note"):
         note_ready(places, "guest1", Role.GUEST, os.getpid())
     assert not (folder / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("make", [fifo, directory, link])
+def test_start_is_refused_at_once_with_something_else_in_the_place_of_the_mark(stack, make):
+    """Else the process would be waited for, and killed as one that does not get ready."""
+    stack.create_chain()
+    place = stack.places.domain("vtpm-guest1").directory / READY_NAME
+    place.unlink()
+    make(place)
+    kill(stack.row("vtpm-guest1"))
+    row = stack.until_state("vtpm-guest1", "failed")
+    assert str(place) in row["state"]
+    assert stack.row("guest1")["state"] == "running"
+    (place.rmdir if place.is_dir() and not place.is_symlink() else place.unlink)()
+    stack.call("reboot", domain="vtpm-guest1")
+    stack.until_state("vtpm-guest1", "running")
