@@ -19,14 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import trio
-
 from daemons.errors import ExitCode, Failure
 from daemons.journal import boot_id
 from daemons.launcher.last_words import read_last_words
-from daemons.launcher.processes import is_alive, is_stopped, open_process, send_signal
+from daemons.launcher.processes import is_alive, is_stopped, send_signal
 from daemons.launcher.ready_marks import contradictions
 from daemons.launcher.supervisor import Launched
+from daemons.launcher.waiting import wait_for_end
 from daemons.lean_structlog import structlog
 from daemons.places import CHIP_NAME, Places
 from daemons.private_files import UnsafeFile, read_checked
@@ -60,13 +59,7 @@ class AdoptedProcess:
 
     async def wait(self) -> int | None:
         """Wait for its end; how it ended is for its parent to see."""
-        handle = open_process(self.pid)
-        if handle is not None:
-            try:
-                if is_alive(self.pid, self.start_time):
-                    await trio.lowlevel.wait_readable(handle)
-            finally:
-                os.close(handle)
+        await wait_for_end(self.pid, self.start_time)
         return None
 
 

@@ -33,10 +33,11 @@ from daemons.launcher.launching import (
     write_config,
 )
 from daemons.launcher.process_states import RESTING, State
-from daemons.launcher.processes import is_alive, open_process
+from daemons.launcher.processes import is_alive
 from daemons.launcher.ready_marks import was_ready
 from daemons.launcher.stack import DOMAINS_MAX, Stack
 from daemons.launcher.supervisor import Launched, Supervisor
+from daemons.launcher.waiting import wait_for_end
 from daemons.lean_structlog import structlog
 from daemons.listeners import start_time_of
 from daemons.places import CHIP_NAME, DOMAIN0_NAME, Places
@@ -510,13 +511,7 @@ class Domains:
     async def _forget_when_gone(self, domain: Domain) -> None:
         assert domain.external is not None
         pid, start_time = domain.external
-        handle = open_process(pid)
-        if handle is not None:
-            try:
-                if is_alive(pid, start_time):
-                    await trio.lowlevel.wait_readable(handle)
-            finally:
-                os.close(handle)
+        await wait_for_end(pid, start_time)
         self._forget(domain)
 
 

@@ -33,6 +33,7 @@ from daemons.launcher.fork_server import (
     encode_spawn,
 )
 from daemons.launcher.processes import is_alive, send_signal
+from daemons.launcher.waiting import wait_for_end
 from daemons.lean_structlog import structlog
 from daemons.listeners import start_time_of
 
@@ -410,15 +411,7 @@ class Spawner:
 
 async def _watch_orphan(child: _Child) -> None:
     """Wait for a child whose fork server is gone; the kernel made it ours."""
-    try:
-        handle = os.pidfd_open(child.pid)
-    except ProcessLookupError:
-        child.end(None)
-        return
-    try:
-        await trio.lowlevel.wait_readable(handle)
-    finally:
-        os.close(handle)
+    await wait_for_end(child.pid)
     try:
         # It has ended, so this does not wait.
         _, wait_status = os.waitpid(child.pid, os.WNOHANG)  # noqa: ASYNC222
