@@ -13,13 +13,12 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Container
 from typing import Final
 
-from protocol.constants import KeyHandleValue, NvAttribute
+from protocol.constants import ZERO_DIGEST, KeyHandleValue, NvAttribute
 from tpm12 import nv
 from tpm12.flags import set_flags
-from tpm12.state import RELEASED_COUNTER, NvArea
+from tpm12.state import NO_COUNTER, NvArea
 from tpm12.tpm import Tpm
 
 _OWNER_CONTROLLED: Final = int(NvAttribute.OWNERREAD | NvAttribute.OWNERWRITE)
@@ -27,7 +26,6 @@ _OWNER_CONTROLLED: Final = int(NvAttribute.OWNERREAD | NvAttribute.OWNERWRITE)
 
 def clear_owner(tpm: Tpm) -> None:
     """Remove the owner and everything that hangs on one (Part 3 §6.2, actions)."""
-    released_counters = tpm.permanent.counters
     _forget_secrets(tpm)
     set_flags(
         tpm,
@@ -49,7 +47,7 @@ def clear_owner(tpm: Tpm) -> None:
     permanent.counters = {}  # counter_highest stays: a new counter starts above every old one
     for index in [i for i, area in permanent.nv.items() if _goes_with_owner(i, area)]:
         nv.remove(tpm, index)
-    _end_everything_open(tpm, released_counters)
+    _end_everything_open(tpm)
 
 
 def revoke_trust(tpm: Tpm) -> None:
@@ -101,16 +99,24 @@ def _goes_with_owner(nv_index: int, area: NvArea) -> bool:
     return bool(attributes & _OWNER_CONTROLLED) and not nv_index & nv.D_BIT
 
 
-def _end_everything_open(tpm: Tpm, released_counters: Container[int]) -> None:
+def _end_everything_open(tpm: Tpm) -> None:
+    """Reset TPM_STANY_DATA, and TPM_STCLEAR_DATA but for the PCRs (Part 3 §6.2, actions 7, 8)."""
     tpm.change_volatile().keys = {}
     stany = tpm.change_stany()
     stany.sessions = {}
     stany.transport_sessions = {}
     stany.transport_exclusive = 0
+    stany.context_nonce_session = tpm.random(20)
+    stany.context_count = 0
     stany.context_list = {}
+    stany.legacy_contexts = {}
     stany.daa_sessions = {}
+    stany.audit_digest = ZERO_DIGEST
     stclear = tpm.change_stclear()
+    stclear.context_nonce_key = tpm.random(20)
+    stclear.count_id = NO_COUNTER
     stclear.owner_reference = int(KeyHandleValue.OWNER)
-    if stclear.count_id in released_counters:
-        # As TPM_ReleaseCounter does: no other counter may take its place before ST_CLEAR.
-        stclear.count_id = RELEASED_COUNTER
+    stclear.disable_reset_lock = False
+    stclear.deferred_physical_presence = 0
+    stclear.failed_tries = 0
+    stclear.last_failure_us = 0

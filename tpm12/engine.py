@@ -360,6 +360,7 @@ def _is_held(state: State) -> bool:
         or volatile.self_test != _FULLY_TESTED
         or stclear.deactivated
         or stclear.failed_tries
+        or stclear.disable_reset_lock
         or permanent.flags.disable
         or permanent.saved_state is not None
         or permanent.ordinal_audit_status
@@ -379,6 +380,7 @@ def _is_free_as_before(state: State, before: State) -> bool:
         or stany.transport_exclusive
         or stclear.deactivated
         or stclear.failed_tries
+        or stclear.disable_reset_lock
     )
 
 
@@ -440,14 +442,21 @@ def _is_on_transport(command: Command | None) -> bool:
     return command is not None and command.authorized is TransportAuthorized
 
 
+def _check_lockout(tpm: Tpm, command: Command) -> None:
+    """Refuse authorization for some time after too many failures (Part 3 §9; Part 2 §7.5)."""
+    if lockout_left_us(tpm):
+        if command.ordinal not in _RUN_LOCKED_OUT:
+            raise TpmError(ReturnCode.DEFEND_LOCK_RUNNING)
+    elif tpm.stclear.disable_reset_lock:
+        # A TPM_ResetLockValue that failed closes it for that time, and no longer.
+        tpm.change_stclear().disable_reset_lock = False
+        tpm.settle()
+
+
 def _check_gates(tpm: Tpm, command: Command, tag: int) -> None:
-    if (
-        tpm.stclear.failed_tries
-        and tag != Tag.RQU_COMMAND
-        and command.ordinal not in _RUN_LOCKED_OUT
-        and lockout_left_us(tpm)
-    ):
-        raise TpmError(ReturnCode.DEFEND_LOCK_RUNNING)
+    stclear = tpm.stclear
+    if tag != Tag.RQU_COMMAND and (stclear.failed_tries or stclear.disable_reset_lock):
+        _check_lockout(tpm, command)
     tested = tpm.volatile.self_test
     if tested != SelfTestState.FULL:
         if tested == SelfTestState.FAILURE:

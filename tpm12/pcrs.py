@@ -42,6 +42,7 @@ ATTRIBUTES: Final[tuple[PcrAttributes, ...]] = (
 DYNAMIC_PCRS: Final = range(17, 23)
 """What the locality 4 hash sequence resets to zero."""
 DRTM_PCR: Final = 17
+_LOCALITY_4: Final = 0x10
 
 EMPTY_SELECTION_DIGEST: Final = ZERO_DIGEST
 """COMPOSITE_HASH of an empty selection."""
@@ -56,12 +57,20 @@ def extend(tpm: Tpm, pcr_num: int, digest: bytes) -> bytes:
     """Extend one PCR and give its new value.
 
     Raises:
-        TpmError: BADINDEX; BAD_LOCALITY when this locality may not.
+        TpmError: BADINDEX; BAD_LOCALITY when this locality may not, which depends on the value of
+            PCR 17 (PC Client TIS 1.2 §7.2).
     """
     if pcr_num >= PCR_COUNT:
         raise TpmError(ReturnCode.BADINDEX)
     if not ATTRIBUTES[pcr_num].extendable_from & tpm.locality_bit:
         raise TpmError(ReturnCode.BAD_LOCALITY)
+    if (
+        pcr_num == DRTM_PCR
+        and tpm.locality_bit != _LOCALITY_4
+        and tpm.stclear.pcrs[pcr_num] == ZERO_DIGEST
+    ):
+        # Between the reset and the hash sequence's digest: else a program would begin the chain.
+        raise TpmError(ReturnCode.BAD_LOCALITY, "at its reset value only locality 4 extends it")
     stclear = tpm.change_stclear()
     pcrs = stclear.pcrs = stclear.pcrs.copy()
     value = pcrs[pcr_num] = sha1(pcrs[pcr_num] + digest)

@@ -3,12 +3,15 @@
 from tests.differential.sides import CREATE_EK, READ_PUBEK, take_ownership
 from tests.tpm12.makers import (
     KEY_AUTH,
+    MIGRATE,
     WRONG,
     loaded,
     signing,
+    template,
 )
 from tests.tpm12.witness import (
     EK,
+    OWNER,
     OWNER_AUTH,
     SRK,
     ZERO,
@@ -32,6 +35,8 @@ OWNER_READ_PUBEK, DISABLE_PUBEK_READ, OWNER_READ_INTERNAL_PUB = 0x7D, 0x7E, 0x81
 STARTUP, SAVE_STATE, PCR_READ, EXTEND, PCR_RESET = 0x99, 0x98, 0x15, 0x14, 0xC8
 SELF_TEST_FULL, CONTINUE_SELF_TEST, GET_TEST_RESULT = 0x50, 0x53, 0x54
 DIR_WRITE, DIR_READ, KEY_CONTROL_OWNER = 0x19, 0x1A, 0x23
+SHA1_START, SHA1_COMPLETE_EXTEND = 0xA0, 0xA3
+CREATE_COUNTER, INCREMENT_COUNTER, GET_AUDIT_DIGEST = 0xDC, 0xDD, 0x85
 FLAGS, VOLATILE_FLAGS = 0x108, 0x109
 OPERATOR = sha1(b"operator")
 
@@ -374,6 +379,93 @@ def lockout(side):
     side.note("right again", side.tpm.auth(GET_CAPABILITY_OWNER, b"", owner(side.tpm)))
 
 
+def reset_lock_once_failed(side):
+    """A try to reset the lock that fails while nothing is locked closes nothing for long."""
+    for secret in (WRONG, OWNER_AUTH, OWNER_AUTH):
+        answer = side.tpm.auth(RESET_LOCK_VALUE, b"", owner(side.tpm, secret))
+        side.note(f"reset {secret is WRONG}", answer)
+        side.note("owner", side.tpm.auth(GET_CAPABILITY_OWNER, b"", owner(side.tpm)))
+
+
+def cleared(side, ordinal):
+    """What a clear leaves for the next owner: nothing that lasts until a start-up but the PCRs."""
+    tpm = side.tpm
+    side.note("presence", tpm.assert_presence())
+    counter = _counter(side, "old")
+    side.note("increment", tpm.auth(INCREMENT_COUNTER, counter, tpm.oiap(sha1(b"old")).ending()))
+    deferred = u32(4) + sized(u32(6)) + sized(u32(1))
+    side.note("defer presence", tpm.send(SET_CAPABILITY, deferred))
+    side.note("extend", tpm.send(EXTEND, u32(10) + sha1(b"kept")))
+    side.note("wrong", tpm.auth(OWNER_SET_DISABLE, u8(0), owner(tpm, WRONG)))
+    side.note("reset wrong", tpm.auth(RESET_LOCK_VALUE, b"", owner(tpm, WRONG)))
+    if ordinal == FORCE_CLEAR:
+        side.note("clear", tpm.send(FORCE_CLEAR))
+    else:
+        side.note("clear", tpm.auth(OWNER_CLEAR, b"", owner(tpm)))
+    side.note("enable", tpm.send(PHYSICAL_ENABLE))
+    side.note("audit", tpm.send(GET_AUDIT_DIGEST, u32(0x8D)))
+    for area, sub_cap in ((5, u32(0x122)), (0x19, u16(2))):
+        answer = tpm.send(GET_CAPABILITY, u32(area) + sized(sub_cap))
+        side.note(f"capability {area}", answer)
+    side.note("pcr", tpm.send(PCR_READ, u32(10)))
+    side.note("presence off", tpm.send(PRESENCE, u16(0x10)))
+    side.note("defer without it", tpm.send(SET_CAPABILITY, deferred))
+    side.note("presence on", tpm.send(PRESENCE, u16(0x08)))
+    side.note("own", take_ownership(tpm))
+    side.note("reset", tpm.auth(RESET_LOCK_VALUE, b"", owner(tpm)))
+    counter = _counter(side, "new")
+    side.note("increment", tpm.auth(INCREMENT_COUNTER, counter, tpm.oiap(sha1(b"new")).ending()))
+
+
+def _counter(side, label):
+    session = side.tpm.osap(2, OWNER, OWNER_AUTH)
+    params = session.masked(sha1(label.encode())) + label.encode().ljust(4)
+    return side.note("counter", side.tpm.auth(CREATE_COUNTER, params, session)).body[:4]
+
+
+def pcr_17_at_its_reset_value(side):
+    """Zero after a reset, it is locality 4's alone; later localities 2 and 3 may extend it, too."""
+    side.hash_sequence(b"launch")
+    for locality in (2, 3, 4):
+        for ordinal in (EXTEND, SHA1_COMPLETE_EXTEND):
+            side.note("reset", side.tpm.send(PCR_RESET, selection(17), locality=4))
+            body = u32(17) + (sha1(b"x") if ordinal == EXTEND else sized(b""))
+            for turn in (1, 2):
+                if ordinal != EXTEND:
+                    side.note("begin", side.tpm.send(SHA1_START))
+                answer = side.tpm.send(ordinal, body, locality=locality)
+                side.note(f"{ordinal:x} from {locality}, {turn}", answer)
+            side.note("then from 3", side.tpm.send(EXTEND, u32(17) + ZERO, locality=3))
+
+
+def keys_that_the_owner_keeps(side):
+    """TPM_KeyControlOwner takes loaded keys of some usages, and no reserved handle."""
+    handle, key = loaded(side.tpm, signing())
+    migrate, migrate_key = loaded(side.tpm, template(MIGRATE, 3, 1, bits=2048))
+    for step, where, public in (
+        ("signing", handle, key.pubkey), ("migrate", migrate, migrate_key.pubkey),
+        ("another's", migrate, key.pubkey), ("EK", EK, key.pubkey), ("SRK", SRK, key.pubkey),
+        ("owner", OWNER, key.pubkey), ("nobody", 0x1234, key.pubkey),
+    ):  # fmt: skip
+        for bit in (1, 2):
+            params = public + u32(bit) + u8(1)
+            answer = side.tpm.auth(KEY_CONTROL_OWNER, params, owner(side.tpm), handles=u32(where))
+            side.note(f"{step} {bit}", answer)
+
+
+def set_capabilities_while_off(side):
+    """TOSPresent while the TPM is disabled, deactivated, both."""
+    side.note("presence", side.tpm.assert_presence())
+    for steps in ((PHYSICAL_DISABLE,), (SET_TEMP_DEACTIVATED,), (PHYSICAL_DISABLE,) * 2):
+        for ordinal in steps:
+            side.note(f"{ordinal:x}", side.tpm.send(ordinal))
+        for locality in (0, 3, 4):
+            params = u32(5) + sized(u32(4)) + sized(u8(0))
+            answer = side.tpm.send(SET_CAPABILITY, params, locality=locality)
+            side.note(f"TOSPresent from {locality}", answer)
+        side.note("enable", side.tpm.send(PHYSICAL_ENABLE))
+
+
 SCENARIOS = {
     "presence": ("factory", presence),
     "opt-in": ("with_ek", opt_in),
@@ -389,4 +481,10 @@ SCENARIOS = {
     "PCRs": ("owned", pcrs),
     "directory": ("owned", directory),
     "lockout": ("owned", lockout),
+    "reset lock, once failed": ("owned", reset_lock_once_failed),
+    "cleared by the owner": ("owned", cleared, OWNER_CLEAR),
+    "cleared by force": ("owned", cleared, FORCE_CLEAR),
+    "PCR 17 at its reset value": ("owned", pcr_17_at_its_reset_value),
+    "keys that the owner keeps": ("owned", keys_that_the_owner_keeps),
+    "capabilities while off": ("owned", set_capabilities_while_off),
 }

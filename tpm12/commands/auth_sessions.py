@@ -111,6 +111,7 @@ def osap(tpm: Tpm, cmd: OsapIn, _auth: Authorized) -> OsapOut:
             for the operator's handle as a key; NOSRK;
             BADINDEX, DISABLED_CMD, FAMILYCOUNT for a delegation that is no longer good.
     """
+    _check_room(tpm)
     adip = _adip_of(tpm, cmd.entity_type)
     bound = _entity(tpm, cmd.entity_type & 0xFF, cmd.entity_value)
     protocol = _DSAP if bound.delegation else _OSAP
@@ -159,10 +160,14 @@ def _begin(
     return _open(tpm, session), nonce_even, nonce_even_osap
 
 
-def _open(tpm: Tpm, session: Session) -> int:
-    sessions = tpm.stany.sessions
-    if len(sessions) >= tpm.world.profile.auth_sessions:
+def _check_room(tpm: Tpm) -> None:
+    if len(tpm.stany.sessions) >= tpm.world.profile.auth_sessions:
         raise TpmError(ReturnCode.RESOURCES)
+
+
+def _open(tpm: Tpm, session: Session) -> int:
+    _check_room(tpm)
+    sessions = tpm.stany.sessions
     handle = tpm.new_handle(sessions, tpm.stany.transport_sessions)
     tpm.change_stany().sessions = {**sessions, handle: session}
     return handle
@@ -243,7 +248,6 @@ def dsap(tpm: Tpm, cmd: DsapIn, _auth: Authorized) -> DsapOut:
             FAMILYCOUNT for a delegation that is no longer good; AUTHFAIL for one of another TPM;
             INVALID_KEYHANDLE, KEYNOTFOUND for another key; BAD_DELEGATE; RESOURCES.
     """
-    adip = _adip_of(tpm, cmd.entity_type)
     entity_type = cmd.entity_type & 0xFF
     if entity_type == EntityType.DEL_OWNER_BLOB:
         bound = _delegated_owner(tpm, cmd.entity_value)
@@ -255,6 +259,8 @@ def dsap(tpm: Tpm, cmd: DsapIn, _auth: Authorized) -> DsapOut:
         bound = _delegated_key(tpm, cmd.entity_value, cmd.key_handle)
     else:
         raise TpmError(ReturnCode.BAD_PARAMETER)
+    _check_room(tpm)
+    adip = _adip_of(tpm, cmd.entity_type)
     handle, nonce_even, nonce_even_dsap = _begin(tpm, _DSAP, adip, bound, cmd.nonce_odd_dsap)
     return DsapOut(auth_handle=handle, nonce_even=nonce_even, nonce_even_dsap=nonce_even_dsap)
 

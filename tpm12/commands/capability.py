@@ -196,7 +196,9 @@ _SETTABLE: Final[dict[int, dict[int, Settable]]] = {
     },
     _STCLEAR_FLAGS: {2: Settable(store=_store_disable_force_clear, gates=Gate.USABLE, only=True)},
     _STCLEAR_DATA: {6: Settable(store=_store_deferred_presence, value_bytes=4)},
-    _STANY_FLAGS: {4: Settable(store=_store_tos_present, localities=_LAUNCH, only=False)},
+    _STANY_FLAGS: {
+        4: Settable(store=_store_tos_present, localities=_LAUNCH, gates=Gate.USABLE, only=False)
+    },
     _STANY_DATA: {},
     _VENDOR: {},
 }

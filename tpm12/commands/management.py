@@ -5,7 +5,7 @@ TPM_FieldUpgrade and TPM_SetRedirection are optional and not served (BAD_ORDINAL
 
 from __future__ import annotations
 
-from protocol.constants import KeyFlags, KeyHandleValue, Ordinal
+from protocol.constants import KeyFlags, KeyUsage, Ordinal
 from protocol.return_codes import ReturnCode, TpmError
 from protocol.structures import Pubkey
 from protocol.wire import U32, Bool, Handle, encode, wire
@@ -28,13 +28,14 @@ _OWNED = Gate.USABLE | Gate.OWNED
 def reset_lock_value(tpm: Tpm, _cmd: Nothing, auth: Authorized) -> None:
     """Forget failed authorizations; runs while the dictionary-attack defence is on.
 
-    One failure closes this door until ST_CLEAR, or it would be the place to guess ownerAuth.
+    One failure closes this door until the defence is off again, or it would be the place to guess
+    ownerAuth. With the defence off, the engine has opened it before this is called.
 
     Raises:
-        TpmError: AUTHFAIL, also with the right secret after one failure.
+        TpmError: AUTHFAIL, also with the right secret after a failure while the defence is on.
     """
     if tpm.stclear.disable_reset_lock:
-        raise TpmError(ReturnCode.AUTHFAIL, "a try failed since ST_CLEAR")
+        raise TpmError(ReturnCode.AUTHFAIL, "a try failed while the defence is on")
     try:
         auth.verify_owner("unlocking_owner")
     except TpmError as error:
@@ -81,9 +82,13 @@ def key_control_owner(tpm: Tpm, cmd: KeyControlOwnerIn, _auth: Authorized) -> No
             NOSPACE.
     """
     # keyHandle is not part of what the owner signed; pubKey says which key is meant.
-    if cmd.key_handle == KeyHandleValue.SRK:
+    key = tpm.volatile.keys.get(cmd.key_handle) or tpm.permanent.owner_evict_keys.get(
+        cmd.key_handle
+    )
+    if key is None:
         raise TpmError(ReturnCode.INVALID_KEYHANDLE)
-    key = tpm.key(cmd.key_handle)
+    if key.usage in {KeyUsage.AUTHCHANGE, KeyUsage.MIGRATE}:
+        raise TpmError(ReturnCode.INVALID_KEYUSAGE)
     if encode(cmd.pub_key) != encode(key.pubkey()):
         raise TpmError(ReturnCode.BAD_PARAMETER, "another key's public part")
     if cmd.bit_name != KEY_CONTROL_OWNER_EVICT:

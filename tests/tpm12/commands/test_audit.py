@@ -275,12 +275,15 @@ def test_event_of_setting_its_own_status_depends_on_the_status_before(audit):
     assert audit.digest == expected
 
 
-def test_event_of_owner_clear_though_it_resets_the_status(audit):
+def test_event_of_owner_clear_though_it_resets_the_status_is_in_the_new_cycle(audit):
+    """Part 3 §6.2: the digest is reset, too; Part 1 §21: what comes then begins another cycle."""
     audit.only(OWNER_CLEAR)
-    start, ordinal = audit.digest, u32(OWNER_CLEAR)
+    ordinal = u32(OWNER_CLEAR)
+    count = audit.bench.state.permanent.audit_monotonic_counter
     audit.tpm.auth(OWNER_CLEAR, b"", audit.tpm.oiap(OWNER_AUTH)).ok()
     audit.bench.set_flags(disable=False)
-    assert audit.digest == audit.after(sha1(ordinal), sha1(u32(0), ordinal), start)
+    expected = audit.after(sha1(ordinal), sha1(u32(0), ordinal), ZERO, count=count + 1)
+    assert audit.digest == expected
 
 
 def test_event_of_startup_is_in_the_new_cycle(audit):

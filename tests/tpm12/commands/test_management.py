@@ -100,15 +100,31 @@ def test_reset_lock_value_without_failures_changes_nothing_that_is_kept(owned):
     assert owned.state.permanent is before.permanent
 
 
-def test_reset_lock_value_once_failed_stays_closed_until_start_up(locked):
+def test_reset_lock_value_once_failed_stays_closed_while_locked(locked):
     assert unlock(locked, ZERO) == ReturnCode.AUTHFAIL
     assert locked.state.stclear.failed_tries == 7
     assert unlock(locked) == ReturnCode.AUTHFAIL
-    locked.clock.pass_s(100)
-    assert unlock(locked) == ReturnCode.AUTHFAIL
     assert locked.state.stclear.failed_tries == 7  # a refusal without a look is no guess
+    locked.clock.pass_s(1.8)
+    assert unlock(locked) == ReturnCode.AUTHFAIL
+    locked.clock.pass_s(0.4)
+    assert unlock(locked) == 0
+    assert locked.state.stclear.failed_tries == 0
+
+
+def test_reset_lock_value_once_failed_is_open_after_start_up(locked):
+    assert unlock(locked, ZERO) == ReturnCode.AUTHFAIL
     locked.power_cycle().ok()
     assert unlock(locked) == 0
+
+
+def test_reset_lock_value_once_failed_is_open_where_nothing_is_locked(owned):
+    assert unlock(owned, ZERO) == ReturnCode.AUTHFAIL
+    assert owned.state.stclear.disable_reset_lock
+    assert owner_command(owned) == 0
+    assert not owned.state.stclear.disable_reset_lock
+    assert unlock(owned, ZERO) == ReturnCode.AUTHFAIL
+    assert unlock(owned) == 0
 
 
 def test_reset_lock_value_ends_the_session_that_failed(owned):
@@ -117,11 +133,11 @@ def test_reset_lock_value_ends_the_session_that_failed(owned):
     assert session.handle not in owned.state.stany.sessions
 
 
-def test_reset_lock_value_with_another_entitys_session_closes_it_too(owned):
-    session = owned.tpm.osap(4, SRK, SRK_AUTH)
-    assert owned.tpm.auth(RESET_LOCK_VALUE, b"", session).code == ReturnCode.AUTHFAIL
-    assert owned.state.stclear.failed_tries == 0
-    assert unlock(owned) == ReturnCode.AUTHFAIL
+def test_reset_lock_value_with_another_entitys_session_closes_it_too(locked):
+    session = locked.tpm.osap(4, SRK, SRK_AUTH)
+    assert locked.tpm.auth(RESET_LOCK_VALUE, b"", session).code == ReturnCode.AUTHFAIL
+    assert locked.state.stclear.failed_tries == 6
+    assert unlock(locked) == ReturnCode.AUTHFAIL
 
 
 def test_reset_lock_value_with_an_unknown_session_closes_nothing(owned):

@@ -31,11 +31,11 @@ from tests.tpm12.witness import (
 )
 from tpm12.commands.ownership import SetOperatorAuthIn
 from tpm12.state import (
-    NO_COUNTER,
-    RELEASED_COUNTER,
     Counter,
     DelegateRow,
     FamilyRow,
+    StAny,
+    StClear,
     TransportSession,
 )
 
@@ -43,7 +43,7 @@ TAKE_OWNERSHIP, OWNER_CLEAR, DISABLE_OWNER_CLEAR, FORCE_CLEAR = 0x0D, 0x5B, 0x5C
 DISABLE_FORCE_CLEAR, OWNER_SET_DISABLE, PHYSICAL_ENABLE, PHYSICAL_DISABLE = 0x5E, 0x6E, 0x6F, 0x70
 SET_OWNER_INSTALL, PHYSICAL_SET_DEACTIVATED, SET_TEMP_DEACTIVATED = 0x71, 0x72, 0x73
 SET_OPERATOR_AUTH, PRESENCE, RESET_ESTABLISHMENT = 0x74, 0x4000000A, 0x4000000B
-READ_PUBEK, PCR_READ = 0x7C, 0x15
+READ_PUBEK, PCR_READ, EXTEND, SET_CAPABILITY = 0x7C, 0x15, 0x14, 0x3F
 CMD_ENABLE, PRESENT, NOTPRESENT, LOCK = 0x20, 0x08, 0x10, 0x04
 OPERATOR_AUTH = sha1(b"operator")
 
@@ -523,15 +523,40 @@ def test_force_clear_clears(lived_in):
     check_kept(lived_in, before)
 
 
-def test_clear_blocks_the_active_counter_until_start_up(lived_in):
-    lived_in.tpm.auth(OWNER_CLEAR, b"", lived_in.tpm.oiap(OWNER_AUTH)).ok()
-    assert lived_in.state.stclear.count_id == RELEASED_COUNTER
+CLEARED_STCLEAR = {
+    "count_id": 0,
+    "disable_reset_lock": False,  # a session with the owner's secret has opened it already
+    "deferred_physical_presence": 1,
+    "failed_tries": 3,
+    "last_failure_us": 1,
+}
+CLEARED_STANY = {"context_count": 9, "legacy_contexts": {1: 2}}
 
 
-def test_clear_without_an_active_counter_blocks_none(lived_in):
-    lived_in.change("stclear", count_id=NO_COUNTER)
+def test_clear_resets_what_lasts_until_start_up_but_the_pcrs(lived_in):
+    """Part 3 §6.2: all fields of TPM_STANY_DATA, and of TPM_STCLEAR_DATA except the PCRs."""
+    lived_in.change("stclear", **CLEARED_STCLEAR)
+    lived_in.change("stany", **CLEARED_STANY)
+    lived_in.tpm.send(EXTEND, u32(10) + sha1(b"kept")).ok()
+    before = lived_in.state
     lived_in.tpm.auth(OWNER_CLEAR, b"", lived_in.tpm.oiap(OWNER_AUTH)).ok()
-    assert lived_in.state.stclear.count_id == NO_COUNTER
+    stclear, stany, new = lived_in.state.stclear, lived_in.state.stany, StClear()
+    for name in ("owner_reference", *CLEARED_STCLEAR):
+        assert getattr(stclear, name) == getattr(new, name), name
+    for name in CLEARED_STANY:
+        assert getattr(stany, name) == getattr(StAny(), name), name
+    assert stclear.context_nonce_key != before.stclear.context_nonce_key
+    assert stany.context_nonce_session != before.stany.context_nonce_session
+    assert stclear.pcrs == before.stclear.pcrs
+
+
+def test_presence_that_was_deferred_before_a_clear_is_not_there_after_it(owned):
+    deferred = u32(4) + sized(u32(6)) + sized(u32(1))
+    owned.present()
+    owned.tpm.send(SET_CAPABILITY, deferred).ok()
+    owned.tpm.send(FORCE_CLEAR).ok()
+    owned.change("stclear", physical_presence=False)
+    assert owned.tpm.send(SET_CAPABILITY, deferred).code == ReturnCode.BAD_PRESENCE
 
 
 def test_clear_disables_at_once_and_deactivates_at_the_next_start(owned):
