@@ -39,6 +39,7 @@ from daemons.listeners import Listener, PeerCredentials, set_send_timeout
 from daemons.sd_notify import NO_COMMAND
 from daemons.service import DRAIN_S, Connection, ends_with_its_peer, serve
 from hwtpm.tis_device import Interrupt, PendingCommand, State, TisDevice, TpmPort
+from hwtpm.tis_registers import Register
 from hwtpm.tis_snapshot import decode_snapshot, encode_snapshot
 from protocol import tis_messages as messages
 from protocol.tis_messages import (
@@ -209,6 +210,8 @@ class TisServer:
         self._engine = FairLock()
         self.device = TisDevice(_EngineInTurn(chip, self._engine))
         self._carriers: set[_Carrier] = set()
+        self._askers: dict[int, _Carrier] = {}
+        """By locality, who last asked for it, or gave it up."""
         self._threads = trio.CapacityLimiter(self.settings.connections_max)
         self._per_domain: Counter[str] = Counter()
         self._recall()
@@ -273,18 +276,32 @@ class TisServer:
             self._carriers.add(carrier)
 
     def detach(self, carrier: _Carrier) -> None:
-        """Send no more interrupts there; its socket may be closed afterwards."""
+        """Send no more interrupts there; its socket may be closed afterwards.
+
+        A domain that was killed comes back, and goes on at its locality where it was. The platform
+        does not: what it held would be closed to everybody else.
+        """
         with self._registers:
             self._carriers.discard(carrier)
+            asked = [page for page, asker in self._askers.items() if asker is carrier]
+            for locality in asked:
+                del self._askers[locality]
+                if carrier.peer.is_platform:
+                    self.device.give_up(locality)
+            if asked:
+                self._remember()
+                self._pass_interrupts()
 
     def read(self, access: messages.Read) -> bytes:
         """Do a register read."""
         with self._registers:
             return self.device.read(access.locality, access.offset, access.count)
 
-    def write(self, access: messages.Write) -> None:
-        """Do a register write, and run the command that it started."""
+    def write(self, access: messages.Write, carrier: _Carrier | None = None) -> None:
+        """Do a register write of a connection, if of any, and run the command that it started."""
         with self._registers:
+            if carrier is not None and access.offset in {Register.ACCESS, Register.HASH_START}:
+                self._askers[access.locality] = carrier
             before = self.device.pending_command
             self.device.write(access.locality, access.offset, access.data)
             self._remember()
@@ -447,7 +464,7 @@ class _Carrier:
                 self._send(messages.Value(data=self._server.read(request)))
         elif isinstance(request, messages.Write):
             if self._may(request, len(request.data)):
-                self._server.write(request)
+                self._server.write(request, self)
         elif self.peer.is_platform:
             self._move_pin(request)
         else:

@@ -561,6 +561,14 @@ class TisDevice:
         if writer is not None and skip + len(data) <= REGISTER_BYTES:
             writer(locality, offset, data)
 
+    def give_up(self, locality: int) -> None:
+        """Do at a page what its driver does before it goes: end, relinquish, wait no longer."""
+        if not self._is_powered:
+            return
+        if self._is_held_by_hashing(locality):
+            self._write_hash_end(locality, Register.HASH_END, b"")
+        self._write_access(locality, Register.ACCESS, bytes([Access.ACTIVE_LOCALITY]))
+
     @property
     def active_locality(self) -> int | None:
         """The locality that STS and FIFO answer."""

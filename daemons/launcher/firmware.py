@@ -30,7 +30,7 @@ Invariants:
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -120,8 +120,19 @@ class Firmware:
         self._lock_physical_presence()
         self._launch(parts.launcher.manifest + parts.policy.manifest)
 
-    def launch_manager(self, program: Measured, config: Measured) -> bool:
+    def launch_manager(
+        self,
+        program: Measured,
+        config: Measured,
+        keep: Callable[[Sequence[Event]], None] = lambda _events: None,
+    ) -> bool:
         """Measure a manager before it starts.
+
+        Args:
+            program: Of the manager.
+            config: Of the manager.
+            keep: Called before what was measured is measured anew, with the log as it is then: who
+                goes on from that log looks at the PCRs.
 
         Returns:
             True if something was extended; False if this very manager is what was measured last.
@@ -133,6 +144,9 @@ class Firmware:
         launch, measured = self._last_launch()
         if measured == wanted:
             return False
+        if measured:
+            del self._events[-len(measured) :]
+            keep(self._events)
         # An extend that was seized, or whose author was killed, may have been done all the same.
         if measured or not self._is_explained(MANAGER_PROGRAM_PCR, MANAGER_CONFIG_PCR):
             self._launch(launch.event)
@@ -219,11 +233,12 @@ class Firmware:
     def _is_explained(self, *pcrs: int) -> bool:
         """Whether PCRs hold what the log says."""
         logged = replay(self._events)
-        return all(self._read_pcr(pcr) == logged[pcr] for pcr in pcrs)
+        # At the locality of the launch: a manager that was killed may still hold a lower one.
+        return all(self._read_pcr(pcr, LAUNCH_LOCALITY) == logged[pcr] for pcr in pcrs)
 
-    def _read_pcr(self, pcr: int) -> bytes:
+    def _read_pcr(self, pcr: int, locality: int = FIRMWARE_LOCALITY) -> bytes:
         doing = f"read PCR {pcr}"
-        return _digest(doing, self._run(doing, Ordinal.PCR_READ, struct.pack(">I", pcr)))
+        return _digest(doing, self._run(doing, Ordinal.PCR_READ, struct.pack(">I", pcr), locality))
 
     def _run(
         self,

@@ -182,7 +182,11 @@ class PlatformFirmware:
         config = measure_bytes("manager configuration", {"config": config_text.encode()})
         logged = len(self._firmware.events)
         try:
-            self._firmware.launch_manager(self._programs[PROGRAMS[Role.MANAGER]], config)
+            self._firmware.launch_manager(
+                self._programs[PROGRAMS[Role.MANAGER]],
+                config,
+                keep=partial(write_log, self._places.event_log),
+            )
         finally:
             self._close_links()
             # One that was only killed is measured already, and needs no room to come back.

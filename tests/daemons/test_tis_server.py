@@ -3,6 +3,7 @@
 import signal
 import socket
 import threading
+import time
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
@@ -16,6 +17,7 @@ from daemons.tis_link import ChipFault, ChipRefused, TisLink
 from daemons.tis_server import REFUSALS_LOGGED_MAX, TisPeer, TisServer, TisSettings, serve_tis
 from hwtpm.tis_device import State
 from hwtpm.tis_driver import TisFault
+from hwtpm.tis_registers import Register
 from protocol import tis_messages as messages
 from protocol.tis_messages import RefusedReason, decode_answer, encode_message
 
@@ -115,6 +117,7 @@ class Bench:
 MANAGER = TisPeer(name="vtpmmgr", localities=frozenset({2}))
 PLATFORM = TisPeer(name="Domain-0", localities=frozenset({0, 4}), is_platform=True)
 ALL_PAGES = TisPeer(name="tester", localities=frozenset(range(5)), is_platform=True)
+DOMAIN_WITH_ALL_PAGES = TisPeer(name="tester", localities=frozenset(range(5)))
 
 
 @pytest.fixture
@@ -149,6 +152,14 @@ async def until(is_true):
     """Wait for what no event tells; `serving` limits how long."""
     while not is_true():  # noqa: ASYNC110 - the condition changes in a thread of the server
         await trio.sleep(0.001)
+
+
+def wait_for(is_true):
+    """As `until`, in a thread."""
+    end = time.monotonic() + WAIT_S
+    while not is_true():
+        assert time.monotonic() < end
+        time.sleep(0.001)
 
 
 def receive(connection):
@@ -393,7 +404,7 @@ async def held_command(bench, locality=2, **options):
 
 
 async def test_registers_answer_others_while_a_command_runs(serving):
-    async with serving(ALL_PAGES) as bench:
+    async with serving(DOMAIN_WITH_ALL_PAGES) as bench:
 
         def look():
             with bench.raw() as connection:
@@ -449,7 +460,7 @@ async def test_abort_from_the_same_locality_lets_the_next_command_wait_for_the_e
 
 
 async def test_command_aborted_while_it_waits_for_the_engine_never_runs(serving):
-    async with serving(ALL_PAGES) as bench:
+    async with serving(DOMAIN_WITH_ALL_PAGES) as bench:
         device = bench.server.device
 
         def queue():
@@ -509,6 +520,68 @@ async def test_connection_that_ends_leaves_locality_command_and_response(serving
             assert await in_thread(link.resume, command()) == answer_to(command())
         assert len(bench.chip.executed) == 1
         assert bench.server.device.active_locality == 2
+
+
+@pytest.mark.parametrize("has_command", [False, True], ids=["idle", "after a command"])
+async def test_platform_that_ends_leaves_no_locality_taken(serving, has_command):
+    """Else a launcher that was killed would keep everybody else from the chip for ever."""
+
+    def platform(bench):
+        with bench.raw() as connection:
+            if has_command:
+                start(connection, command(), locality=0)
+                wait_for(lambda: bench.chip.executed)
+            else:
+                write(connection, 0, ACCESS, b"\x02")
+            wait_for(lambda: bench.server.device.active_locality == 0)
+            asked.wait(WAIT_S)
+
+    def manager(bench):
+        with bench.raw() as connection:
+            write(connection, 2, ACCESS, b"\x02")
+            assert read(connection, 2, ACCESS).data[0] & 0x20 == 0  # it is the platform's
+            asked.set()
+            wait_for(lambda: bench.server.device.active_locality == 2)
+
+    asked = threading.Event()
+    async with serving(PLATFORM, MANAGER) as bench, trio.open_nursery() as nursery:
+        nursery.start_soon(in_thread, platform, bench)
+        await until(lambda: bench.server.device.active_locality == 0)
+        await in_thread(manager, bench)
+        await trio.sleep(0.05)
+        # What a domain holds is its own also when it has been killed.
+        assert bench.server.device.active_locality == 2
+
+
+async def test_platform_that_ends_in_a_hash_sequence_ends_it(serving):
+    def platform(bench):
+        with bench.raw() as connection:
+            write(connection, 4, Register.HASH_START, b"\0")
+            write(connection, 4, FIFO, b"part")
+            wait_for(lambda: bench.chip.hashed == ["start", b"part"])
+
+    async with serving(PLATFORM) as bench:
+        await in_thread(platform, bench)
+        await until(lambda: bench.chip.hashed[-1] == "end")
+        await until(lambda: bench.server.device.active_locality is None)
+
+
+async def test_platform_that_ends_leaves_a_locality_that_another_has_asked_for_since(serving):
+    def both(bench):
+        with bench.raw() as other:
+            with bench.raw() as connection:
+                start(connection, command(), locality=0)
+                wait_for(lambda: bench.chip.executed)
+                write(connection, 0, ACCESS, b"\x20")
+                wait_for(lambda: bench.server.device.active_locality is None)
+                write(other, 0, ACCESS, b"\x02")
+                wait_for(lambda: bench.server.device.active_locality == 0)
+            read(other, 0, ACCESS)
+
+    async with serving(TisPeer(name="vtpmmgr", localities=frozenset({0})), PLATFORM) as bench:
+        await in_thread(both, bench)
+        await trio.sleep(0.05)
+        assert bench.server.device.active_locality == 0
 
 
 @pytest.mark.parametrize(
@@ -603,7 +676,7 @@ async def test_peer_that_reads_no_interrupts_holds_nobody_up(serving):
 
 
 async def test_stop_ends_idle_connections_and_lets_the_command_end(serving):
-    async with serving(ALL_PAGES) as bench:
+    async with serving(DOMAIN_WITH_ALL_PAGES) as bench:
         ends = []
 
         async def wait_for_end():

@@ -238,7 +238,7 @@ def test_power_on_again_after_a_power_cycle_gives_the_same_values(chip, powered)
 def test_launch_manager_extends_18_and_19_at_locality_2(chip, powered):
     chip.requests.clear()
     assert powered.launch_manager(PROGRAM, CONFIG)
-    looked = [(Ordinal.PCR_READ, 0), (Ordinal.PCR_READ, 0)]
+    looked = [(Ordinal.PCR_READ, 2), (Ordinal.PCR_READ, 2)]
     assert chip.requests == [*looked, (Ordinal.EXTEND, 2), (Ordinal.EXTEND, 2)]
     assert chip.pcrs[18] == sha1(bytes(20) + PROGRAM.sha1)
     assert chip.pcrs[19] == sha1(bytes(20) + CONFIG.sha1)
@@ -269,6 +269,42 @@ def test_launch_manager_another_one_has_other_values_and_the_old_one_its_old(
     assert powered.launch_manager(PROGRAM, CONFIG)
     assert chip.pcrs == before
     assert replay(powered.events) == chip.pcrs
+
+
+@pytest.mark.parametrize("nth", range(3))
+def test_launch_of_another_manager_that_was_cut_off_is_noticed_by_who_goes_on(chip, powered, nth):
+    """Killed in the hash sequence or at an extend, with the old log on disk, or what was kept."""
+    powered.launch_manager(PROGRAM, CONFIG)
+    right, kept = dict(chip.pcrs), [powered.events]
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    def keep(events):
+        kept.append(tuple(events))
+
+    sequence, exchange, left = chip.hash_sequence, chip.exchange, [nth]
+
+    def hash_sequence(data):
+        sequence(data)
+        if nth == 0:
+            killed()
+
+    def extend(request, locality):
+        answer = exchange(request, locality)
+        if request[6:10] == Ordinal.EXTEND.to_bytes(4, "big"):
+            left[0] -= 1
+            if left[0] == 0:
+                killed()
+        return answer
+
+    chip.hash_sequence, chip.exchange = hash_sequence, extend
+    with pytest.raises(KeyboardInterrupt):
+        powered.launch_manager(CHANGED_PROGRAM, CONFIG, keep)
+    assert chip.pcrs != right
+    chip.hash_sequence, chip.exchange = sequence, exchange
+    assert Firmware(chip, kept[-1]).launch_manager(PROGRAM, CONFIG)
+    assert {pcr: chip.pcrs[pcr] for pcr in (17, 18, 19)} == {p: right[p] for p in (17, 18, 19)}
 
 
 def test_launch_manager_after_one_that_failed_halfway_starts_over(chip, powered):
