@@ -51,6 +51,7 @@ from pathlib import Path
 
 import setproctitle
 
+from daemons.errors import ExitCode, Failure
 from daemons.launcher.processes import become_child_subreaper
 
 PACKET_BYTES_MAX = 65536
@@ -95,7 +96,11 @@ class _Newborn:
 
 
 def encode_spawn(number: int, order: Order) -> bytes:
-    """Make the packet that asks for a child; its descriptors travel beside it."""
+    """Make the packet that asks for a child; its descriptors travel beside it.
+
+    Raises:
+        Failure: The environment that the child is to have is too long.
+    """
     packet = json.dumps(
         {
             "spawn": number,
@@ -107,8 +112,17 @@ def encode_spawn(number: int, order: Order) -> bytes:
         }
     ).encode()
     if len(packet) > PACKET_BYTES_MAX:
-        raise ValueError(f"a spawn order of {len(packet)} bytes is over {PACKET_BYTES_MAX}")
+        raise Failure(
+            f"cannot start {order.title}",
+            why=f"its order has {len(packet)} bytes, more than {PACKET_BYTES_MAX}",
+            next_step=f"Start the launcher with a shorter {_longest(order.environment)}",
+            exit_code=ExitCode.CONFIGURATION,
+        )
     return packet
+
+
+def _longest(environment: Mapping[str, str]) -> str:
+    return max(environment, key=lambda name: len(environment[name]), default="environment")
 
 
 class _Server:

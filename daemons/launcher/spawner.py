@@ -43,6 +43,7 @@ SERVERS_AT_ONCE_MAX = 3
 """Fork servers that may end by a signal one after the other without having been ready. Once one was
 ready, SIGKILL is not counted: who is killed has not failed, and is wanted back each time."""
 FIRST_WORDS_BYTES_MAX = 65536
+START_RETRY_S = 0.5
 _POLL_S = 0.005
 
 log = structlog.get_logger()
@@ -196,32 +197,44 @@ class Spawner:
         Raises:
             Failure: No process can be started.
         """
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        first_words = os.memfd_create("stderr of the fork server")
-        stderr = os.dup(2)  # passed under another number than 2, which is its own at first
-        numbers = ("--link", str(theirs.fileno()), "--stderr", str(stderr))
-        try:
-            process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
-                [*self._command[:4], *numbers, *self._command[4:]],
-                stdin=subprocess.DEVNULL,
-                stderr=first_words,
-                pass_fds=[theirs.fileno(), stderr],
-                env=self._environment,
-                start_new_session=True,
-            )
-        except OSError as error:
-            ours.close()
-            os.close(first_words)
-            raise Failure(
-                "cannot start the fork server",
-                why=str(error),
-                next_step="Look for a limit on processes or memory (ulimit -a)",
-            ) from error
-        finally:
-            theirs.close()
-            os.close(stderr)
+        with contextlib.ExitStack() as kept, contextlib.ExitStack() as passed:
+            try:
+                ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                kept.enter_context(ours)
+                passed.enter_context(theirs)
+                first_words = os.memfd_create("stderr of the fork server")
+                kept.callback(os.close, first_words)
+                stderr = os.dup(2)  # passed under another number than 2, which is its own at first
+                passed.callback(os.close, stderr)
+                numbers = ("--link", str(theirs.fileno()), "--stderr", str(stderr))
+                process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
+                    [*self._command[:4], *numbers, *self._command[4:]],
+                    stdin=subprocess.DEVNULL,
+                    stderr=first_words,
+                    pass_fds=[theirs.fileno(), stderr],
+                    env=self._environment,
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise Failure(
+                    "cannot start the fork server",
+                    why=str(error),
+                    next_step="Look for a limit on processes, descriptors or memory (ulimit -a)",
+                ) from error
+            kept.pop_all()
         self._server = _Server(process, trio.socket.from_stdlib_socket(ours), first_words)
         self._announce_change()
+
+    async def _start_again(self) -> None:
+        """Start another one, as soon as the system has what it takes."""
+        while True:
+            try:
+                self.start()
+            except Failure as lack:
+                log.error(lack.what, why=lack.why, next_step=lack.next_step)
+                await trio.sleep(START_RETRY_S)
+            else:
+                return
 
     async def run(self) -> None:
         """Hear what fork servers say, replace one that ends, until `close`.
@@ -265,7 +278,7 @@ class Spawner:
                     self._failure = _cannot_fork(unready_in_a_row, server.process.returncode, said)
                     self._announce_change()  # nobody waits for an answer any longer
                     raise self._failure
-                self.start()
+                await self._start_again()
 
     async def spawn(self, order: Order, stdout: IO[bytes] | int, stderr: IO[bytes] | int) -> _Child:
         """Fork a child; it waits at its gate until `release`.

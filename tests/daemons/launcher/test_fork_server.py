@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -17,7 +18,12 @@ import trio
 
 from daemons.errors import Failure
 from daemons.launcher import spawner as spawner_module
-from daemons.launcher.fork_server import UNBORN_EXIT_STATUS, Order
+from daemons.launcher.fork_server import (
+    PACKET_BYTES_MAX,
+    UNBORN_EXIT_STATUS,
+    Order,
+    encode_spawn,
+)
 from daemons.launcher.processes import become_child_subreaper, is_alive, pss_kib_of, send_signal
 from daemons.launcher.spawner import SERVERS_AT_ONCE_MAX, Spawner, open_log
 from daemons.listeners import start_time_of
@@ -62,6 +68,10 @@ async def until(is_so: Callable[[], bool]) -> None:
     """Wait for another process, which has no way to tell; each test has a deadline around it."""
     while not is_so():  # noqa: ASYNC110 - see above
         await trio.sleep(0.001)
+
+
+def open_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def is_there(pid: int) -> bool:
@@ -378,3 +388,33 @@ def test_log_that_is_a_symlink_is_refused(tmp_path):
     with pytest.raises(Failure, match="cannot open the log"):
         open_log(tmp_path / "a.log", 10)
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_environment_that_is_too_long_for_an_order_is_named():
+    environment = {"PATH": "/bin:" * (PACKET_BYTES_MAX // 5), "HOME": "/"}
+    order = Order(program="waiting", environment=environment, title="vtpmd vtpm-guest1")
+    with pytest.raises(Failure, match="shorter PATH") as refused:
+        encode_spawn(1, order)
+    assert refused.value.what == "cannot start vtpmd vtpm-guest1"
+
+
+async def test_lack_of_descriptors_for_the_next_fork_server_is_waited_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(spawner_module, "START_RETRY_S", 0.01)
+    memfd_create, lacks = os.memfd_create, 3
+
+    def sometimes(name):
+        nonlocal lacks
+        if lacks:
+            lacks -= 1
+            raise OSError(errno.EMFILE, "Too many open files")
+        return memfd_create(name)
+
+    async with spawning(tmp_path) as room:
+        await room.spawner.ready()
+        server, before = room.spawner.server_pid, open_descriptors()
+        monkeypatch.setattr(os, "memfd_create", sometimes)
+        os.kill(server, signal.SIGKILL)
+        assert await room.run("measured") == 0
+        assert lacks == 0
+        assert room.spawner.server_pid != server
+        assert open_descriptors() <= before + 1  # nothing of the tries is left
