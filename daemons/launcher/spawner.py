@@ -231,7 +231,7 @@ class Spawner:
             try:
                 self.start()
             except Failure as lack:
-                log.error(lack.what, why=lack.why, next_step=lack.next_step)
+                log.warning(lack.what, why=lack.why, next_step=lack.next_step)
                 await trio.sleep(START_RETRY_S)
             else:
                 return
