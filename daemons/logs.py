@@ -186,12 +186,14 @@ def write_line(program: str, level: str, event: str, /, **values: object) -> Non
 
 
 class _Lines:
-    """Writes finished lines to a stream and survives a stream that takes none."""
+    """Writes finished lines to a stream; survives one that takes none, and that there is none."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
 
     def info(self, line: str) -> None:
+        if self._stream is None:  # the process was started with it closed
+            return
         with contextlib.suppress(OSError, ValueError):  # ValueError: the stream was closed
             self._stream.write(line + "\n")
             self._stream.flush()

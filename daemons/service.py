@@ -29,7 +29,7 @@ from typing import Any, Final, ParamSpec, cast
 
 import trio
 
-from daemons import heap, log_levels, logs
+from daemons import heap, log_levels, logs, standard_streams
 from daemons.errors import ExitCode, Failure
 from daemons.lean_structlog import structlog
 from daemons.listeners import Listener, PeerCredentials, peer_credentials
@@ -284,6 +284,7 @@ def run_daemon(program: str, main: Callable[[], Awaitable[None]]) -> int:
         program: The daemon's name, for log lines until `main` configures its own.
         main: The daemon as a coroutine function without arguments.
     """
+    standard_streams.open_closed()
     logs.configure(program)
     # Whose terminal goes stays; and who is told to reload before it serves has just read it all.
     hung_up_before = signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -107,6 +107,14 @@ def test_log_that_cannot_be_written_does_not_stop_the_daemon():
     structlog.reset_defaults()
 
 
+def test_log_of_a_process_that_has_no_stderr_goes_nowhere(monkeypatch):
+    monkeypatch.setattr("sys.stderr", None)
+    logs.configure("vtpmd")
+    structlog.get_logger().error("x")
+    logs.write_line("vtpmd", "error", "x")
+    structlog.reset_defaults()
+
+
 # -- too many lines --------------------------------------------------------------------------------
 
 

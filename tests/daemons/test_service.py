@@ -359,6 +359,27 @@ def test_signal_while_serving_drains_and_leaves_nothing(number, place):
     assert not list(place.iterdir())
 
 
+def test_daemon_that_is_started_with_closed_streams_serves(place):
+    """What it opens first would get their numbers, and its log would go into that."""
+    words = [sys.executable, "-c", DAEMON, "serving", str(place)]
+    with listen_for_notifications(place / "n") as notices:
+        process = subprocess.Popen(
+            ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *words],
+            env=os.environ | {"NOTIFY_SOCKET": str(place / "n")},
+            cwd=Path(__file__).parents[2],
+        )
+        notices.socket.settimeout(30)
+        assert receive_notification(notices.socket).fields == {"READY": "1"}
+        streams = [Path(f"/proc/{process.pid}/fd/{number}").readlink() for number in range(3)]
+        assert streams == [Path(os.devnull)] * 3
+        with connect(place / "s", Kind.SEQPACKET) as near:
+            near.settimeout(30)
+            assert near.recv(10) == b"hello"
+            process.terminate()
+            assert near.recv(10) == b"bye"
+        assert process.wait(30) == ExitCode.DONE
+
+
 def test_failure_before_logging_is_configured_still_reads_well(capsys):
     async def failing():
         raise Failure("x", why="y", next_step="z", exit_code=ExitCode.USAGE)
