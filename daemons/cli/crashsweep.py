@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from daemons.cli.options import Json
+from daemons.cli.options import SECONDS_MAX, SECONDS_MIN, Json, no_nan
 from daemons.cli.output import progress
 from daemons.errors import ExitCode, Failure
 from daemons.faults.sweep_kinds import Phase, PointKind
@@ -31,7 +31,14 @@ def crashsweep(  # noqa: PLR0913 - options of a command
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Draws the sample.")] = 0,
     patience_s: Annotated[
         float,
-        typer.Option("--patience", metavar="SECONDS", min=0.1, help="For each run."),
+        typer.Option(
+            "--patience",
+            metavar="SECONDS",
+            min=SECONDS_MIN,
+            max=SECONDS_MAX,
+            callback=no_nan,
+            help="For each run.",
+        ),
     ] = 120.0,
     logs: Annotated[
         Path | None,

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final, NoReturn
 
 import typer
 
-from daemons.cli.options import Json, Root, ask, new_app, places_of
+from daemons.cli.options import (
+    SECONDS_MAX,
+    SECONDS_MIN,
+    Json,
+    Root,
+    ask,
+    new_app,
+    no_nan,
+    places_of,
+)
 from daemons.cli.output import print_json, print_line, print_rows, progress
 from daemons.errors import ExitCode, Failure
 from daemons.named_files import read_bytes
@@ -21,6 +32,7 @@ if TYPE_CHECKING:
 
 Plan = Annotated[Path, typer.Argument(metavar="PLAN", help="A fault plan, in TOML.")]
 Step = Callable[[str], None]
+_ENDS: Final = (signal.SIGTERM, signal.SIGHUP)
 
 app = new_app(name="fault", help="Faults on purpose.")
 
@@ -30,7 +42,14 @@ def run(
     plan: Plan,
     for_s: Annotated[
         float | None,
-        typer.Option("--for", metavar="SECONDS", min=0.1, help="How long; else as the plan says."),
+        typer.Option(
+            "--for",
+            metavar="SECONDS",
+            min=SECONDS_MIN,
+            max=SECONDS_MAX,
+            callback=no_nan,
+            help="How long; else as the plan says.",
+        ),
     ] = None,
     as_json: Json = False,
     root: Root = None,
@@ -46,7 +65,7 @@ def run(
     refuse_under_systemd(places, "apply a fault plan to")
     content, parsed = _read(plan)
     length_s = own_length_s(parsed) if for_s is None else for_s
-    with progress("faults") as step:
+    with progress("faults") as step, _ended_with_care():
         fault_run = _fault_run(places, root, step, is_quiet=as_json)
         problems = fault_run.run(parsed, content, str(plan), length_s)
     if as_json:
@@ -99,12 +118,32 @@ def up_with_faults(
     _check_is_ours_to_start(places)
     places.prepare()
     length_s = start_length_s(parsed) if for_s is None else for_s
-    with progress("starting") as step:
+    with progress("starting") as step, _ended_with_care():
         fault_run = _fault_run(places, root, step)
         problems = fault_run.start(
             parsed, content, length_s, lambda: _discard(bring_up(files, root, step)), roles
         )
     _say_how_it_is(fault_run, problems, "and nobody has lost anything")
+
+
+@contextmanager
+def _ended_with_care() -> Iterator[None]:
+    """Let a signal that ends us be an exception: what the faults have stopped must go on."""
+
+    def end(number: int, _: object) -> NoReturn:
+        for ending in _ENDS:  # one is enough: a second would end the tidying up
+            signal.signal(ending, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    before = {ending: signal.getsignal(ending) for ending in _ENDS}
+    for ending, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(ending, end)
+    try:
+        yield
+    finally:
+        for ending, handler in before.items():
+            signal.signal(ending, handler)
 
 
 def _check_is_ours_to_start(places: Places) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from math import isnan
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -41,6 +42,18 @@ def new_app(**settings: Any) -> typer.Typer:  # noqa: ANN401 - passed through
         no_args_is_help=True,
         **settings,
     )
+
+
+SECONDS_MIN: Final = 0.1
+SECONDS_MAX: Final = 24 * 3600.0
+"""As for settings: the system's own clocks and waits take no number without end."""
+
+
+def no_nan(value: float | None) -> float | None:
+    """Refuse the one number that is within every range."""
+    if value is not None and isnan(value):
+        raise typer.BadParameter("nan is no number of seconds")
+    return value
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

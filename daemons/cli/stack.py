@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from daemons.cli.domains import read_config
-from daemons.cli.options import Root, ask, places_of
+from daemons.cli.options import SECONDS_MAX, SECONDS_MIN, Root, ask, no_nan, places_of
 from daemons.cli.output import print_line, progress, warn
 from daemons.errors import ExitCode, Failure
 
@@ -49,7 +49,12 @@ def up(
     for_s: Annotated[
         float | None,
         typer.Option(
-            "--for", metavar="SECONDS", min=0.1, help="How long the plan of --fault goes on."
+            "--for",
+            metavar="SECONDS",
+            min=SECONDS_MIN,
+            max=SECONDS_MAX,
+            callback=no_nan,
+            help="How long the plan of --fault goes on.",
         ),
     ] = None,
     root: Root = None,

@@ -42,6 +42,7 @@ class FaultControl:
     """
 
     def __init__(self, places: Places, domains: Iterable[str]) -> None:
+        self._root = places.root
         self._directory = directory_of(places)
         self._domains = sorted(set(domains))
         self._pages: dict[str, Page] = {}
@@ -117,7 +118,15 @@ class FaultControl:
     def _locked(self) -> int:
         path = self._directory / LOCK_NAME
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        lock = os.open(path, flags, 0o600)
+        try:
+            lock = os.open(path, flags, 0o600)
+        except OSError as error:
+            raise Failure(
+                f"cannot inject faults under {self._root}",
+                why=f"{path}: {error.strerror or error}",
+                next_step="Remove it; it is no lock that a run has made",
+                exit_code=ExitCode.IO_ERROR,
+            ) from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

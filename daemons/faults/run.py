@@ -25,6 +25,7 @@ from daemons.faults.plan import (
     What,
 )
 from daemons.faults.schedule import Due, schedule
+from daemons.faults.stopped import Process, Stopped
 from daemons.guest.tpm0_client import Tpm0Client
 from daemons.launcher.processes import is_alive, send_signal
 from daemons.places import CHIP_NAME, DOMAIN0_NAME, Places
@@ -104,7 +105,7 @@ class FaultRun:
     _before: dict[str, Row] = field(default_factory=dict)
     _begun: float = 0.0
     _begun_at: float = 0.0
-    _stopped: dict[int, tuple[int, int]] = field(default_factory=dict)
+    _stopped: Stopped = field(default_factory=Stopped)
     _turn: threading.Lock = field(default_factory=threading.Lock)
     _launcher_kills: int = 0
     _is_starting: bool = False
@@ -130,7 +131,7 @@ class FaultRun:
         check_fits(plan, name, roles)
         self._check_is_whole()
         domains = hooked_domains(plan, roles)
-        with FaultControl(self.places, domains) as control:
+        with FaultControl(self.places, domains) as control, self._stopped:
             for domain in domains:
                 self._give_hooks(control, domain)
             control.arm(content)
@@ -161,7 +162,7 @@ class FaultRun:
         """
         problems: list[str] = []
         self._is_starting = True
-        with FaultControl(self.places, hooked_domains(plan, roles)) as control:
+        with FaultControl(self.places, hooked_domains(plan, roles)) as control, self._stopped:
             control.arm(content)
             with ThreadPoolExecutor(1, thread_name_prefix="faults") as threads:
                 injecting = threads.submit(self._inject, plan, for_s, control)
@@ -203,9 +204,12 @@ class FaultRun:
             yield
         except KeyboardInterrupt:
             self._is_over.set()
+        except BaseException:  # the other thread is waited for, and must not take its time
+            self._is_over.set()
+            raise
 
     def _end(self, control: FaultControl) -> None:
-        self._continue_all()
+        self._stopped.resume_all()
         control.disarm()
         self._tell_lines(control.new_lines())
 
@@ -271,18 +275,16 @@ class FaultRun:
         name = fault.where.domain
         note = ""
         if due.is_end:
-            self._continue(fault.number)
+            self._stopped.resume(fault.number)
             what = "continue"
         elif fault.what is What.STOP:
             what = fault.what.value
-            process = self._signal(name, signal.SIGSTOP)
-            if process is not None:
-                self._stopped[fault.number] = process
-            note = "" if process is not None else "not done, it has no process now"
+            process = self._process_of(name)
+            is_done = process is not None and self._stopped.stop(fault.number, process)
+            note = "" if is_done else "not done, it has no process now"
         else:
             what = fault.what.value
-            process = self._kill(name)
-            note = "" if process is not None else "not done, it has no process now"
+            note = "" if self._kill(name) else "not done, it has no process now"
         at_s = self._passed_s()
         self._add(
             Injected(at_s=at_s, fault=fault.number, where=str(fault.where), what=what, note=note)
@@ -290,30 +292,24 @@ class FaultRun:
         if name == LAUNCHER and fault.what is What.KILL and not self._is_starting:
             self.revive()
 
-    def _kill(self, name: str) -> tuple[int, int] | None:
+    def _kill(self, name: str) -> bool:
         with self._turn:
             process = self._signal(name, signal.SIGKILL)
             if process is not None and name == LAUNCHER:
                 self._launcher_kills += 1
                 _wait(lambda: not is_alive(*process))
-        return process
+        return process is not None
 
-    def _signal(self, name: str, number: signal.Signals) -> tuple[int, int] | None:
+    def _signal(self, name: str, number: signal.Signals) -> Process | None:
         """Send a signal to a domain's process; which it was, None if there was none."""
+        process = self._process_of(name)
+        return process if process is not None and send_signal(*process, number) else None
+
+    def _process_of(self, name: str) -> Process | None:
         record = Registry(self.places.registry).get(_record_name(name))
         if record is None or record.pid is None or record.start_time is None:
             return None
-        is_sent = send_signal(record.pid, record.start_time, number)
-        return (record.pid, record.start_time) if is_sent else None
-
-    def _continue(self, number: int) -> None:
-        process = self._stopped.pop(number, None)
-        if process is not None:
-            send_signal(*process, signal.SIGCONT)
-
-    def _continue_all(self) -> None:
-        for number in list(self._stopped):
-            self._continue(number)
+        return record.pid, record.start_time
 
     def _tell_lines(self, lines: list[Line]) -> None:
         for line in lines:
