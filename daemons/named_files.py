@@ -1,19 +1,24 @@
-"""Reading a file that a person names: a file, or a pipe such as a shell's `<(...)`.
+"""Files that a person names, to read or to write: a file, or a pipe such as a shell's `<(...)`.
 
 A pipe is read to its end, but never waited for without end: who names a FIFO that nobody writes
-into is told so.
+into, or reads from, is told so.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import stat
+import time
 from pathlib import Path
 from typing import Final
 
 WRITER_WAIT_S: Final = 3.0
 """So long a FIFO may have nobody who writes into it."""
+READER_WAIT_S: Final = 3.0
+"""So long a FIFO may have nobody who reads from it."""
+LOOK_AGAIN_S: Final = 0.02
 SILENCE_MAX_S: Final = 30.0
 """So long who writes into a pipe may say nothing: a program may think before it answers."""
 
@@ -32,6 +37,36 @@ def read_bytes(path: Path, bytes_max: int) -> bytes:
             return _read_pipe(descriptor, bytes_max)
         os.set_blocking(descriptor, True)  # a person may type it at a terminal
         return file.read(bytes_max + 1)
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Write a file that nobody else may read, also one that is there; or a pipe or device.
+
+    Raises:
+        OSError: It cannot be written, or not be kept from others; or it is a FIFO, and nobody reads
+            from it.
+    """
+    descriptor = _open_to_write(path)
+    with os.fdopen(descriptor, "wb") as file:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.fchmod(descriptor, 0o600)  # first: what is in it is left if that is refused
+            os.ftruncate(descriptor, 0)
+        else:
+            os.set_blocking(descriptor, True)  # a reader that is there may take its time
+        file.write(data)
+
+
+def _open_to_write(path: Path) -> int:
+    deadline = time.monotonic() + READER_WAIT_S
+    while True:
+        try:
+            return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            if error.errno != errno.ENXIO or not path.is_fifo():
+                raise
+            if time.monotonic() > deadline:
+                raise TimeoutError("it is a FIFO, and nobody reads from it") from error
+        time.sleep(LOOK_AGAIN_S)
 
 
 def _read_pipe(descriptor: int, bytes_max: int) -> bytes:

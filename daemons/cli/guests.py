@@ -56,13 +56,26 @@ def shell(
     environment = dict(os.environ) | {"VTPM_ROOT": str(places_of(root).root)}
     if guest is not None:
         environment |= guest_environment(guest, root)
+    program = environment.get("SHELL") or "/bin/sh"
+    try:
+        status = _status_of_shell(program, environment)
+    except OSError as error:
+        raise Failure(
+            f"cannot start the shell {program}",
+            why=f"{error.filename or program}: {(error.strerror or str(error)).lower()}",
+            next_step="Set SHELL to a program, and TMPDIR to a folder, that can be used",
+            exit_code=ExitCode.CONFIGURATION,
+        ) from error
+    raise typer.Exit(status if status >= 0 else 128 - status)
+
+
+def _status_of_shell(program: str, environment: dict[str, str]) -> int:
     with tempfile.TemporaryDirectory(prefix="vtpm-shell-") as directory:
         for name in ("xl", "vtpm"):
             _write_wrapper(Path(directory) / name)
-        environment["PATH"] = f"{directory}:{environment.get('PATH', os.defpath)}"
-        program = environment.get("SHELL") or "/bin/sh"
-        ended = subprocess.run([program], env=environment, check=False)  # noqa: S603 - the user's own shell
-    raise typer.Exit(ended.returncode if ended.returncode >= 0 else 128 - ended.returncode)
+        path = f"{directory}:{environment.get('PATH', os.defpath)}"
+        ended = subprocess.run([program], env={**environment, "PATH": path}, check=False)  # noqa: S603 - the user's own shell
+    return ended.returncode
 
 
 def guest_row(guest: str, root: str | None) -> Row:
@@ -137,6 +150,9 @@ def run_instead(command: list[str], environment: Mapping[str, str]) -> NoReturn:
         typer.Exit: It cannot be run; with a shell's exit status for that.
     """
     sys.stdout.flush()
+    if not command[0]:  # execvpe has no error of the system for it
+        sys.stderr.write("vtpm: cannot run '': it is no name\n")
+        raise typer.Exit(NOT_FOUND)
     try:
         os.execvpe(command[0], command, dict(environment))  # noqa: S606 - the user asked for it
     except OSError as error:

@@ -12,6 +12,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from daemons.errors import ExitCode, Failure
+
+STALL_S_MAX = 24 * 3600.0
+"""As for settings: the system's waits take no number without end."""
 SUMMARY = "Serve one TPM 1.2 on a stream socket until SIGTERM. SIGHUP is a power cycle."
 
 
@@ -73,13 +77,15 @@ def run(chosen: argparse.Namespace, refuse: Callable[[str], Any]) -> int:
     for option, limit in (("--clients-max", chosen.clients_max), ("--stall", chosen.stall)):
         if limit is not None and not limit > 0:
             refuse(f"{option}: {limit} is not above 0")
+    if chosen.stall is not None and chosen.stall > STALL_S_MAX:
+        refuse(f"--stall: {chosen.stall} is more than {STALL_S_MAX:g} seconds")
     limits = {"clients_max": chosen.clients_max, "stall_s": chosen.stall}
     return run_simulator(
         Options(
             **{name: limit for name, limit in limits.items() if limit is not None},
             state=chosen.state or Path(),
-            socket=chosen.socket.absolute(),
-            control=chosen.control and chosen.control.absolute(),
+            socket=_absolute(chosen.socket),
+            control=chosen.control and _absolute(chosen.control),
             has_ek=not chosen.no_ek,
             is_ephemeral=chosen.ephemeral,
             has_journal=chosen.journal,
@@ -87,3 +93,15 @@ def run(chosen: argparse.Namespace, refuse: Callable[[str], Any]) -> int:
             fails_self_test=chosen.fail_self_test,
         )
     )
+
+
+def _absolute(path: Path) -> Path:
+    try:
+        return path.absolute()
+    except FileNotFoundError as error:
+        raise Failure(
+            f"cannot tell where {path} is",
+            why="the working folder has been removed",
+            next_step="Go into a folder that is there, or give the whole path",
+            exit_code=ExitCode.NO_INPUT,
+        ) from error

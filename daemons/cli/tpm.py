@@ -20,7 +20,7 @@ from daemons.cli.guests import tpm0_of
 from daemons.cli.options import Json, Root, new_app
 from daemons.cli.output import print_json, print_line
 from daemons.errors import ExitCode, Failure
-from daemons.named_files import read_bytes
+from daemons.named_files import read_bytes, write_private
 
 if TYPE_CHECKING:
     from protocol.return_codes import ReturnCode
@@ -309,7 +309,7 @@ def _secret(text: str) -> bytes:
     if text == WELL_KNOWN:
         return bytes(20)
     if kind == "text" and value:
-        return hashlib.sha1(value.encode(), usedforsecurity=False).digest()
+        return hashlib.sha1(os.fsencode(value), usedforsecurity=False).digest()
     if kind == "hash":
         return _hex(value, 20)
     raise typer.BadParameter(f"a secret is {_FORMS}")
@@ -354,9 +354,7 @@ def _read(path: Path) -> bytes:
 def _write(path: Path, data: bytes) -> None:
     """Write a file that nobody else may read."""
     try:
-        target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(target, "wb") as file:
-            file.write(data)
+        write_private(path, data)
     except OSError as error:
         raise Failure(
             f"cannot write {path}",

@@ -207,7 +207,17 @@ def test_to_keep_nothing_and_go_on_is_refused(folder):
     assert "no memory to go on with" in done.stderr
 
 
-@pytest.mark.parametrize("options", [["--clients-max", "0"], ["--stall", "0"], ["--stall", "x"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--clients-max", "0"],
+        ["--stall", "0"],
+        ["--stall", "x"],
+        ["--stall", "nan"],
+        ["--stall", "inf"],
+        ["--stall", "1e300"],
+    ],
+)
 def test_limit_that_is_none_is_refused(folder, options):
     command = [str(VTPM), "simulator", "--socket", str(folder / "sock"), "--ephemeral", *options]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -339,3 +349,36 @@ def test_socket_whose_folder_has_no_possible_name_is_refused(folder):
         check=False,
     )
     assert ended.returncode == ExitCode.CONFIGURATION
+
+
+@pytest.mark.parametrize("words", [["simulator"], ["--root", "/", "simulator"]])
+def test_a_path_from_a_folder_that_is_gone_is_a_failure(folder, words):
+    command = f'cd {folder} && rmdir {folder} && exec "$@"'
+    ended = subprocess.run(
+        ["sh", "-c", command, "sh", str(VTPM), *words, "--ephemeral", "--socket", "sock"],
+        capture_output=True,
+        text=True,
+        timeout=READY_S,
+        check=False,
+    )
+    assert ended.returncode == ExitCode.NO_INPUT
+    assert ended.stderr.startswith("vtpm: cannot tell where sock is\n  why:  the working folder")
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
+def test_serves_also_with_its_standard_streams_closed(folder, closed):
+    words = [str(VTPM), "simulator", "--ephemeral", "--no-ek", "--socket", str(folder / "sock")]
+    process = subprocess.Popen(["sh", "-c", f'exec "$@" {closed}', "sh", *words])
+    try:
+        end = time.monotonic() + READY_S
+        while not answers(folder / "sock"):
+            assert process.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(30)
+            connection.connect(str(folder / "sock"))
+            assert is_served(connection)
+    finally:
+        process.terminate()
+        assert process.wait(10) == ExitCode.DONE

@@ -89,7 +89,9 @@ def test_exec_replaces_itself(vtpm_process):
 
 
 @pytest.mark.usefixtures("tpm0")
-@pytest.mark.parametrize(("command", "status"), [("/no/such/program", 127), ("/etc/passwd", 126)])
+@pytest.mark.parametrize(
+    ("command", "status"), [("/no/such/program", 127), ("/etc/passwd", 126), ("", 127)]
+)
 def test_exec_of_what_cannot_run_ends_as_a_shell_would(vtpm_process, command, status):
     done = vtpm_process("exec", "guest1", "--", command)
     assert done.returncode == status
@@ -123,6 +125,13 @@ def test_shell_has_xl_on_its_path_and_passes_the_status_on(launcher, vtpm_proces
 def test_shell_of_a_guest_has_its_tpm0(tpm0, vtpm_process, tmp_path):
     program = script(tmp_path / "sh", 'echo "$TPM_DEVICE"')
     assert vtpm_process("shell", "guest1", SHELL=str(program)).stdout == f"{tpm0}\n"
+
+
+@pytest.mark.parametrize("program", ["/no/such/shell", "/etc/passwd", "/tmp"])
+def test_a_shell_that_cannot_be_started_is_a_failure(vtpm_process, program):
+    refused = vtpm_process("shell", SHELL=program)
+    assert refused.returncode == ExitCode.CONFIGURATION
+    assert refused.stderr.startswith(f"vtpm: cannot start the shell {program}\n  why:")
 
 
 def test_tpm0_of_the_tests_is_a_socket(tpm0):

@@ -1,12 +1,17 @@
 """`vtpm tpm`: the common commands, against a real engine on a real socket."""
 
 import hashlib
+import os
 import socket
+import subprocess
+import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from typer.testing import CliRunner
 
+from daemons import named_files
 from daemons.cli.app import app
 from daemons.durable_tpm import DurableTpm
 from daemons.guest.tpm0_client import Tpm0Client
@@ -152,6 +157,66 @@ def test_numbers_that_no_tpm_has_are_refused_before_it_is_asked(run, words):
 
 def test_as_many_random_bytes_as_were_asked_for(enabled):
     assert len(bytes.fromhex(enabled("random", "5000").output)) == 5000
+
+
+def test_a_secret_need_not_be_utf_8(enabled):
+    run = enabled
+    assert run("takeownership", "--owner-auth", "text:\udcff").exit_code == 0
+    digest = hashlib.sha1(b"\xff").hexdigest()
+    assert run("clear", "--owner-auth", f"hash:{digest}").exit_code == 0
+
+
+@pytest.fixture
+def sealed(enabled, tmp_path):
+    """A sealed secret, as a file."""
+    source, blob = tmp_path / "s", tmp_path / "b"
+    source.write_bytes(b"secret")
+    assert enabled("takeownership").exit_code == 0
+    assert enabled("seal", source, blob).exit_code == 0
+    yield blob
+    assert enabled("clear").exit_code == 0
+
+
+def test_what_is_unsealed_into_a_file_that_was_there_is_for_nobody_else(run, sealed, tmp_path):
+    target = tmp_path / "t"
+    target.write_bytes(b"longer than the secret")
+    target.chmod(0o644)
+    assert run("unseal", sealed, target).exit_code == 0
+    assert target.read_bytes() == b"secret"
+    assert target.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_fifo_that_nobody_reads_from_holds_nobody_up(run, sealed, tmp_path, monkeypatch):
+    monkeypatch.setattr(named_files, "READER_WAIT_S", 0.1)
+    os.mkfifo(tmp_path / "f")
+    refused = run("unseal", sealed, tmp_path / "f")
+    assert refused.exit_code == 74
+    assert "nobody reads from it" in refused.output
+
+
+def test_pipes_and_devices_are_written(run, sealed, tmp_path):
+    os.mkfifo(tmp_path / "f")
+    with ThreadPoolExecutor() as threads:
+        read = threads.submit((tmp_path / "f").read_bytes)
+        assert run("unseal", sealed, tmp_path / "f").exit_code == 0
+        assert read.result(10) == b"secret"
+    assert run("unseal", sealed, "/dev/null").exit_code == 0
+    full = run("unseal", sealed, "/dev/full")
+    assert full.exit_code == 74
+    assert "no space left" in full.output
+
+
+@pytest.mark.parametrize("to", ["| cat", "> o; cat o"])
+def test_what_is_unsealed_goes_to_the_output(tpm_socket, sealed, tmp_path, to):
+    words = f"-m daemons.cli.main tpm {tpm_socket} unseal {sealed} /dev/stdout"
+    done = subprocess.run(
+        ["sh", "-c", f"{sys.executable} {words} {to}"],
+        cwd=tmp_path,
+        capture_output=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.stdout, done.stderr) == (b"secret", b"")
 
 
 def test_where_nothing_can_be_written_is_named(enabled, tmp_path):
