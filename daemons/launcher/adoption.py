@@ -21,6 +21,7 @@ from typing import Final
 
 from daemons.errors import ExitCode, Failure
 from daemons.journal import boot_id
+from daemons.launcher.last_domid import read_count
 from daemons.launcher.last_words import read_last_words
 from daemons.launcher.processes import is_alive, is_stopped, send_signal
 from daemons.launcher.ready_marks import contradictions
@@ -71,11 +72,13 @@ class OldStack:
         chip: The chip's record.
         domains: Records of the others, in the order of their domids.
         configs: The config file of each that was to be started.
+        domids_given: How many domids were given out.
     """
 
     chip: DomainRecord
     domains: tuple[DomainRecord, ...]
     configs: dict[str, str]
+    domids_given: int
 
 
 def note_power(places: Places) -> None:
@@ -141,7 +144,12 @@ def find_old_stack(places: Places) -> OldStack | None:
         text = _config_of(places, record)
         if text is not None:
             configs[record.name] = text
-    return OldStack(chip=chip, domains=tuple(others), configs=configs)
+    return OldStack(
+        chip=chip,
+        domains=tuple(others),
+        configs=configs,
+        domids_given=_domids_given(places, others),
+    )
 
 
 def _require_nobody(places: Places, marker: bytes | None, others: list[DomainRecord]) -> None:
@@ -158,6 +166,14 @@ def _require_nobody(places: Places, marker: bytes | None, others: list[DomainRec
             f"the mark {_marker(places)} that the chip has its power {mark},"
             f" and yet {', '.join(alive)} run{'s' if len(alive) == 1 else ''}"
         )
+
+
+def _domids_given(places: Places, others: list[DomainRecord]) -> int:
+    """No guess: a guest that got a number again would boot on a vTPM that is not reset."""
+    try:
+        return read_count(places.registry, others)
+    except UnsafeFile as failure:
+        raise _cannot_take_over(f"{failure.what}: {failure.why}") from failure
 
 
 def _has_config(places: Places, name: str) -> bool:

@@ -120,7 +120,7 @@ class Domains:
         """
         places = self._stack.places
         await self._chip.adopt(launched_before(places, old.chip))
-        self._stack.skip_domids(record.domid for record in old.domains)
+        self._stack.skip_domids(old.domids_given)
         for record in old.domains:
             try:
                 config_text = old.configs.get(record.name)

@@ -21,6 +21,7 @@ from daemons.launcher.domain import Domain
 from daemons.launcher.process_start import Start, empty_directory, start_process
 from daemons.launcher.process_states import RESTING, State
 from daemons.launcher.ready_marks import READY_NAME
+from daemons.launcher.small_files import put_whole
 from daemons.launcher.stack import Stack
 from daemons.launcher.supervisor import Launched
 from daemons.places import Places
@@ -98,13 +99,8 @@ def write_config(stack: Stack, domain: Domain) -> None:
         Failure: There is no room for it.
     """
     path = stack.places.domain(domain.name).config
-    beside = path.with_name(path.name + ".new")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        beside.unlink(missing_ok=True)
-        with os.fdopen(os.open(beside, flags, 0o600), "wb") as file:
-            file.write(domain.effective_config_text.encode())
-        beside.rename(path)
+        put_whole(path, domain.effective_config_text.encode())
     except OSError as error:
         raise Failure(
             f"cannot keep the config of {domain.name}",

@@ -18,6 +18,7 @@ from typing import Final
 from daemons.instance_lock import InstanceLock
 from daemons.launcher.adoption import forget_power
 from daemons.launcher.domain import STOP_ORDER
+from daemons.launcher.last_domid import COUNTER_NAME
 from daemons.launcher.processes import is_alive, open_process, send_signal
 from daemons.launcher.ready_marks import Serving, who_has_served, who_serves
 from daemons.places import CHIP_NAME, Places
@@ -103,8 +104,10 @@ def remove_remains(places: Places) -> None:
         shutil.rmtree(places.run / name, ignore_errors=True)
     forget_power(places)
     remove_sockets(places)
-    with contextlib.suppress(OSError):
-        places.event_log.unlink()
+    counter = places.registry / COUNTER_NAME  # nobody is left who could mistake a boot for another
+    for remains in (places.event_log, counter, counter.with_name(f"{COUNTER_NAME}.new")):
+        with contextlib.suppress(OSError):
+            remains.unlink()
 
 
 def remove_sockets(places: Places) -> None:

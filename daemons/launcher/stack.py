@@ -6,14 +6,15 @@ The rooms of the launcher (chip, launching, consequences, domains, devices, stat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
 import trio
 
 from daemons.errors import ExitCode, Failure
-from daemons.launcher.domain import DOMID_MAX, Domain
+from daemons.launcher.domain import Domain
+from daemons.launcher.last_domid import domid_of, next_count, note_count
 from daemons.launcher.launcher_settings import LauncherSettings
 from daemons.launcher.spawner import Spawner
 from daemons.launcher.supervisor import Changes
@@ -37,20 +38,23 @@ class Stack:
     nursery: trio.Nursery
     child_environment: Mapping[str, str]
     domains: dict[str, Domain] = field(default_factory=dict)
-    _next_domid: int = 1
+    _domids_given: int = 0
 
     def new_domid(self) -> int:
-        """Give a domid that no domain has; numbers come again only after all were used."""
-        taken = {domain.domid for domain in self.domains.values()}
-        while True:
-            domid = self._next_domid
-            self._next_domid = domid % DOMID_MAX + 1
-            if domid not in taken:
-                return domid
+        """Give a domid that no domain has; numbers come again only after all were used.
 
-    def skip_domids(self, taken: Iterable[int]) -> None:
-        """Go on above domids that an earlier launcher has given."""
-        self._next_domid = max((*taken, self._next_domid - 1)) % DOMID_MAX + 1
+        Raises:
+            Failure: It cannot be written down, also for another launcher.
+        """
+        taken = {domain.domid for domain in self.domains.values()}
+        count = next_count(self._domids_given, taken)
+        note_count(self.places.registry, count)
+        self._domids_given = count
+        return domid_of(count)
+
+    def skip_domids(self, count: int) -> None:
+        """Go on after those that an earlier launcher has given out."""
+        self._domids_given = count
 
     def find(self, name_or_domid: str) -> Domain:
         """Find a domain as xl does: by its name, else by its domid.

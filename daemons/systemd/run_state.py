@@ -21,7 +21,13 @@ from typing import Final
 from daemons import policy
 from daemons.errors import ExitCode, Failure
 from daemons.journal import GO_ON
-from daemons.launcher.domain import DOMID_MAX
+from daemons.launcher.last_domid import (
+    COUNTER_NAME,
+    domid_of,
+    encode_count,
+    next_count,
+    read_count,
+)
 from daemons.listeners import describe_file, start_time_of
 from daemons.places import DOMAIN0_NAME, Places
 from daemons.private_files import read_checked
@@ -75,18 +81,16 @@ class RunState:
             os.close(descriptor)
 
     def new_domid(self) -> int:
-        """Give a domid that no domain has, and that comes again last; the lock is held."""
-        taken = {record.domid for record in self.reader.all()}
-        counter = self._directory / ".last-domid"
-        try:
-            last = int(read_checked(counter, COUNTER_BYTES_MAX) or b"")
-        except ValueError:
-            last = 0
-        while True:
-            last = last % DOMID_MAX + 1
-            if last not in taken:
-                _write(counter, f"{last}\n")
-                return last
+        """Give a domid that no domain has, and that comes again last; the lock is held.
+
+        Raises:
+            Failure: It cannot be told which were given out, or be written down which is now.
+        """
+        records = self.reader.all()
+        last = read_count(self._directory, records)
+        count = next_count(last, {record.domid for record in records})
+        _write(self._directory / COUNTER_NAME, encode_count(count).decode("ascii"))
+        return domid_of(count)
 
     def set_must_go_on(self, name: str, *, must: bool) -> None:
         """Write for a domain's unit whether its process may begin without a journal.

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from daemons.launcher.last_domid import COUNTER_NAME
 from tests.system.scratch_stack import (
     GUEST1,
     GUEST2,
@@ -98,6 +99,7 @@ FILES: Final[dict[str, StoredFile]] = {
     "launcher lock": StoredFile(
         lambda stack: stack.places.registry / "launcher.lock", LAUNCHER, _RUN, _record(VTPM2)
     ),
+    "last domid": StoredFile(lambda stack: stack.places.registry / COUNTER_NAME, LAUNCHER, _RUN),
     "power mark": StoredFile(lambda stack: stack.places.run / "powered", LAUNCHER, _RUN),
     "ready mark": StoredFile(_of(VTPM1, "ready"), LAUNCHER, _RUN),
     "config": StoredFile(_of(VTPM1, "domain.cfg"), LAUNCHER, _RUN, _of(VTPM2, "domain.cfg")),

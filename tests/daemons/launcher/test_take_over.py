@@ -9,12 +9,14 @@ import subprocess
 import pytest
 
 from daemons.errors import ExitCode
+from daemons.launcher.last_domid import COUNTER_NAME, encode_count
 from daemons.launcher.leftovers import end_leftovers, find_leftovers
 from daemons.launcher.processes import is_alive
 from daemons.listeners import start_time_of
 from daemons.places import CHIP_NAME
 from tests.daemons.launcher.fake_stack import (
     DEADLINE_S,
+    GUEST,
     MANAGER,
     VTPM,
     create_refused,
@@ -120,6 +122,20 @@ def test_domain_that_was_waiting_is_started_by_the_next_launcher(stack):
     assert "waits for other" in stack.until_state("vtpm-guest1", "starting")["state"]
 
 
+def test_domid_is_not_given_out_again_by_the_next_launcher(stack):
+    """By it a vTPM sees that its guest boots, and resets itself."""
+    stack.create_chain()
+    last = stack.row("guest1")["domid"]
+    stack.call("destroy", domain="guest1")
+    kill_launcher(stack)
+    stack.start()
+    assert stack.create(GUEST)["domid"] > last
+    assert stack.stop() == 0
+    assert stack.what_is_left() == []  # nobody lives who knows the old ones
+    stack.start()
+    assert stack.create(MANAGER)["domid"] == 1
+
+
 def test_stack_whose_machine_was_booted_since_is_not_taken_over(stack):
     stack.create_chain()
     rows = stack.call("list")[1:]
@@ -185,9 +201,30 @@ def record_of_the_chip_gone(stack):
     (stack.places.registry / f"{CHIP_NAME}.json").unlink()
 
 
+def counter_of_domids_gone(stack):
+    (stack.places.registry / COUNTER_NAME).unlink()
+
+
+def counter_of_domids_zeroed(stack):
+    (stack.places.registry / COUNTER_NAME).write_bytes(bytes(4))
+
+
+def counter_of_domids_older(stack):
+    (stack.places.registry / COUNTER_NAME).write_bytes(encode_count(1))
+
+
+def counter_of_domids_that_is_a_fifo(stack):
+    counter_of_domids_gone(stack)
+    os.mkfifo(stack.places.registry / COUNTER_NAME, 0o600)
+
+
 @pytest.mark.parametrize(
     "damage",
     [
+        counter_of_domids_gone,
+        counter_of_domids_zeroed,
+        counter_of_domids_older,
+        counter_of_domids_that_is_a_fifo,
         record_older,
         record_of_the_chip_older,
         record_gone,

@@ -9,6 +9,7 @@ import pytest
 
 from daemons.errors import Failure
 from daemons.places import Places
+from daemons.registry import DomainRecord, Role
 from daemons.systemd.run_state import RunState
 
 PLAIN_UID = 12345
@@ -140,9 +141,42 @@ def test_marks_and_counters_say_what_was_written(state):
     assert env.read_text() == "VTPM_GO_ON=\n"
 
 
-@pytest.mark.parametrize("content", [b"", b"nonsense", b"\xff\xfe 1", b"nan nan"])
-def test_a_counter_that_cannot_be_read_begins_anew(state, content):
-    for name in ("last-domid", "guest1.failures"):
-        (state.places.registry / f".{name}").write_bytes(content)
-    assert state.new_domid() == 1
+DAMAGED = pytest.mark.parametrize("content", [b"", b"nonsense", b"\xff\xfe 1", b"nan nan"])
+
+
+@DAMAGED
+def test_a_count_of_failures_that_cannot_be_read_begins_anew(state, content):
+    (state.places.registry / ".guest1.failures").write_bytes(content)
     assert state.count_failure("guest1", 1.0) == 1
+
+
+@DAMAGED
+def test_no_domid_is_given_where_it_cannot_be_read_which_was_last(state, content):
+    """A guest that got one again would boot on a vTPM that is not reset."""
+    assert [state.new_domid() for _ in range(3)] == [1, 2, 3]
+    counter = state.places.registry / ".last-domid"
+    good = counter.read_bytes()
+    counter.write_bytes(content)
+    with pytest.raises(Failure, match="which domid was given out last"):
+        state.new_domid()
+    assert counter.read_bytes() == content
+    counter.write_bytes(good)
+    assert state.new_domid() == 4
+
+
+def test_no_domid_is_given_where_the_last_is_gone_and_a_domain_is_there(state):
+    record = DomainRecord(
+        name="vtpm-guest1",
+        domid=state.new_domid(),
+        role=Role.VTPM,
+        label="system_u:system_r:vtpm_t",
+        uid=os.geteuid(),
+        pid=None,
+        start_time=None,
+    )
+    state.writer.put(record)
+    (state.places.registry / ".last-domid").unlink()
+    with pytest.raises(Failure, match="it is gone"):
+        state.new_domid()
+    state.writer.remove(record.name)
+    assert state.new_domid() == 1
