@@ -26,9 +26,11 @@ DOMAIN_NAME_CHARACTERS_MAX: Final = 64
 
 CHIP_NAME: Final = "hwtpm"
 DOMAIN0_NAME: Final = "Domain-0"
-TAKEN_NAMES: Final = frozenset({"registry", "launcher.sock", "notify.sock", "event.log"})
+LAUNCHER_NAME: Final = "launcher"
+"""Of its log, and in plans of faults and log-levels.toml: no domain, but named like one."""
+TAKEN_NAMES: Final = frozenset({"registry", "launcher.sock", "notify.sock", "event.log", "powered"})
 """Entries of run/vtpm that are not directories of domains."""
-RESERVED_NAMES: Final = TAKEN_NAMES | {CHIP_NAME, DOMAIN0_NAME}
+RESERVED_NAMES: Final = TAKEN_NAMES | {CHIP_NAME, DOMAIN0_NAME, LAUNCHER_NAME}
 """Names that a config file may not choose."""
 
 

@@ -90,7 +90,8 @@ def test_domain_name_plain_one_is_taken(name):
 @pytest.mark.parametrize(
     "name",
     ["", "a/b", "..", ".", ".hidden", "-option", "12", "a b", "a\n", "\x1b[31m", "gäst", "a\0b",
-     "x" * 65, "x" * 4096, "registry", "launcher.sock", "notify.sock", "event.log"],
+     "x" * 65, "x" * 4096, "registry", "launcher.sock", "notify.sock", "event.log",
+     "powered"],
 )  # fmt: skip
 def test_domain_name_unsafe_one_is_refused_and_shown_escaped(name):
     with pytest.raises(BadPlace) as caught:

@@ -272,3 +272,9 @@ def test_any_settings_give_a_domain_or_one_error_inside_the_text(settings):
         parse_domain(text)
     except ConfigError as error:
         assert 0 <= error.position.offset <= len(text)  # noqa: PT017 - either outcome is right
+
+
+@pytest.mark.parametrize("name", ["powered", "launcher", "registry", "event.log", "hwtpm"])
+def test_names_of_the_stack_s_own_files_are_refused(name):
+    with pytest.raises(Failure, match=name):
+        parse_domain(f"name='{name}'\nkernel='pv-grub'")
