@@ -209,7 +209,7 @@ class Chip:
         """
         domain.boot_hash = await self._firmware.boot_hash(PROGRAMS[domain.role])
         if domain.role is Role.MANAGER:
-            await self._firmware.launch_manager(domain.config_text)
+            await self._firmware.launch_manager(domain.effective_config_text)
 
     async def read_pcrs(self) -> dict[int, bytes]:
         """Read all PCRs.

@@ -11,7 +11,7 @@ from uuid import UUID, uuid4
 from daemons.errors import Failure
 from daemons.launcher.process_states import State
 from daemons.registry import DomainRecord, Role, VtpmDevice
-from daemons.xl.device_specs import Disk
+from daemons.xl.device_specs import Disk, VtpmSpec
 from daemons.xl.domain_config import DomainConfig
 
 if TYPE_CHECKING:
@@ -185,12 +185,12 @@ class Domain:
         self.devices = tuple(other for other in self.devices if other != device)
 
     def note_random_uuids(self) -> None:
-        """Learn from the config which of the devices it has asked for no uuid."""
-        self._random_devids = {
-            device.devid
-            for device, spec in zip(self.devices, self.config.vtpms, strict=False)
-            if spec.uuid is None
-        }
+        """Learn from the config which of the devices it has asked for no uuid.
+
+        A domain has one device of a backend at most.
+        """
+        asked = {spec.backend for spec in self.config.vtpms if spec.uuid is None}
+        self._random_devids = {device.devid for device in self.devices if device.backend in asked}
 
     def renew_random_uuids(self) -> None:
         """Give each frontend that asked for no uuid a new one, as every start does in Xen."""
@@ -206,10 +206,26 @@ class Domain:
         if self.disk_specs_attached:
             specs = ", ".join(_quoted(spec) for spec in self.disk_specs_attached)
             text += f"\ndisk += [{specs}]\n"
-        if [device.backend for device in self.devices] != [v.backend for v in self.config.vtpms]:
-            specs = ", ".join(_quoted(f"backend={d.backend},uuid={d.uuid}") for d in self.devices)
+        wanted = self._vtpms_as_asked_for
+        if wanted != self.config.vtpms:
+            specs = ", ".join(_quoted(_vtpm_text(spec)) for spec in wanted)
             text += f"\nvtpm = [{specs}]\n"
         return text
+
+    @property
+    def _vtpms_as_asked_for(self) -> tuple[VtpmSpec, ...]:
+        """Its devices; one that asked for no uuid gets another one at its next start."""
+        return tuple(
+            VtpmSpec(
+                backend=device.backend,
+                uuid=None if device.devid in self._random_devids else device.uuid,
+            )
+            for device in self.devices
+        )
+
+
+def _vtpm_text(spec: VtpmSpec) -> str:
+    return f"backend={spec.backend}" + (f",uuid={spec.uuid}" if spec.uuid is not None else "")
 
 
 def _quoted(text: str) -> str:

@@ -18,6 +18,7 @@ from tests.daemons.launcher.fake_stack import (
     DEADLINE_S,
     GUEST,
     MANAGER,
+    UUID,
     VTPM,
     create_refused,
     journals,
@@ -134,6 +135,55 @@ def test_domid_is_not_given_out_again_by_the_next_launcher(stack):
     assert stack.what_is_left() == []  # nobody lives who knows the old ones
     stack.start()
     assert stack.create(MANAGER)["domid"] == 1
+
+
+def uuid_of(stack, name):
+    (row,) = stack.call("vtpm_list", domains=[name])
+    return row["uuid"]
+
+
+def test_uuid_that_was_attached_is_no_random_one_for_the_next_launcher(stack):
+    """A vTPM with another uuid is another vTPM to its manager."""
+    stack.create(MANAGER)
+    stack.create(VTPM.replace(f",uuid={UUID}", ""), paused=True)
+    stack.call("vtpm_detach", domain="vtpm-guest1", devid_or_uuid="0")
+    stack.call("vtpm_attach", domain="vtpm-guest1", backend="vtpmmgr", uuid=UUID)
+    stack.call("unpause", domain="vtpm-guest1")
+    kill_launcher(stack)
+    stack.start()
+    stack.call("reboot", domain="vtpm-guest1")
+    assert uuid_of(stack, "vtpm-guest1") == UUID
+
+
+def test_random_uuid_stays_random_for_the_next_launcher(stack):
+    """Also where another device with a uuid of its own was taken away or added."""
+    stack.create(MANAGER)
+    stack.create(VTPM, paused=True)
+    stack.call("vtpm_detach", domain="vtpm-guest1", devid_or_uuid="0")
+    stack.call("vtpm_attach", domain="vtpm-guest1", backend="vtpmmgr")
+    stack.call("unpause", domain="vtpm-guest1")
+    first = uuid_of(stack, "vtpm-guest1")
+    assert first != UUID
+    kill_launcher(stack)
+    stack.start()
+    assert uuid_of(stack, "vtpm-guest1") == first
+    stack.call("reboot", domain="vtpm-guest1")
+    assert uuid_of(stack, "vtpm-guest1") not in {first, UUID}
+
+
+def test_manager_is_measured_as_it_was_by_the_next_launcher(stack):
+    """Else its vault key would stay sealed to what it was before its launcher was killed."""
+    create_refused(stack, "\n".join(s for s in MANAGER.splitlines() if "disk=" not in s))
+    spec = "file:/images/vtpmmgr-stubdom.img,hda,w"
+    stack.call("block_attach", domain="vtpmmgr", spec=spec)
+    stack.until_state("vtpmmgr", "running")
+    kill_launcher(stack)
+    stack.start()
+    kill(stack.row("vtpmmgr"))
+    started_again(stack, "vtpmmgr", 1)
+    first, second = [e["config"] for e in stack.story("launch_manager")]
+    assert first == second
+    assert spec in first
 
 
 def test_stack_whose_machine_was_booted_since_is_not_taken_over(stack):
