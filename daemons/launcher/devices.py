@@ -7,11 +7,14 @@ change to a running domain is refused and says so.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 from daemons.errors import Failure
 from daemons.launcher.device_rows import End, Row, disk_row, uuid_of, vtpm_row
 from daemons.launcher.domain import Domain
 from daemons.launcher.domains import Domains, Progress
-from daemons.launcher.launching import check_disks
+from daemons.launcher.launching import check_disks, keep_for_the_next_launcher
 from daemons.launcher.process_states import RESTING, State
 from daemons.launcher.stack import Stack
 from daemons.registry import VTPMS_MAX, VtpmDevice
@@ -47,8 +50,8 @@ class Devices:
         name = self._domains.backend_for(found, backend)
         wanted = uuid_of(uuid) if uuid is not None else None
         self._domains.refuse_twin(found, name, wanted)
-        device = found.attach(name, wanted)
-        self._changed(found)
+        with self._changing(found):
+            device = found.attach(name, wanted)
         return self._vtpm_row(found, device)
 
     async def vtpm_detach(self, _progress: Progress, domain: str, devid_or_uuid: str) -> Row:
@@ -57,8 +60,8 @@ class Devices:
         for device in found.devices:
             if devid_or_uuid.lower() == str(device.uuid) or devid_or_uuid == str(device.devid):
                 row = self._vtpm_row(found, device)
-                found.detach(device)
-                self._changed(found)
+                with self._changing(found):
+                    found.detach(device)
                 return row
         there = ", ".join(f"{device.devid} ({device.uuid})" for device in found.devices) or "none"
         raise _refused(
@@ -87,16 +90,11 @@ class Devices:
                 f"it has a disk {disk.vdev} already",
                 f"vtpm block-list {found.name} shows it",
             )
-        before = found.disks
-        found.disks = (*before, disk)
-        try:
+        with self._changing(found):
+            found.disks = (*found.disks, disk)
+            found.disk_specs_attached = (*found.disk_specs_attached, spec)
             check_disks(self._stack, found)
-        except Failure:
-            found.disks = before
-            raise
-        found.disk_specs_attached = (*found.disk_specs_attached, spec)
-        self._changed(found)
-        return self._disk_row(found, len(before))
+        return self._disk_row(found, len(found.disks) - 1)
 
     async def block_list(self, _progress: Progress, domain: str) -> list[Row]:
         """List the disks of a domain."""
@@ -114,9 +112,29 @@ class Devices:
             )
         return domain
 
-    def _changed(self, domain: Domain) -> None:
-        self._stack.registry.put(domain.record(None, None))
+    @contextlib.contextmanager
+    def _changing(self, domain: Domain) -> Iterator[None]:
+        """Change devices of a domain, and write it down; or leave all as it was.
+
+        What was acknowledged must be there for another launcher, too. Of a domain that was created
+        paused and never started nothing is taken over.
+        """
+        before = domain.device_state
+        try:
+            yield
+            self._write_down(domain)
+        except Failure:
+            domain.device_state = before
+            with contextlib.suppress(Failure):  # else it is overwritten by the next start
+                self._write_down(domain)
+            raise
         self._stack.changes.announce()
+
+    def _write_down(self, domain: Domain) -> None:
+        if domain.supervisor.state is State.CREATED:
+            self._stack.registry.put(domain.record(None, None))
+        else:
+            keep_for_the_next_launcher(self._stack, domain)
 
     def _vtpm_row(self, domain: Domain, device: VtpmDevice) -> Row:
         backend = self._stack.domains.get(device.backend)

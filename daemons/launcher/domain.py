@@ -45,6 +45,16 @@ _SHOWN_STATES: Final[Mapping[State, str]] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceState:
+    """The devices of a domain at one moment."""
+
+    vtpms: tuple[VtpmDevice, ...]
+    random_devids: frozenset[int]
+    disks: tuple[Disk, ...]
+    disk_specs_attached: tuple[str, ...]
+
+
 @dataclass(eq=False, kw_only=True)
 class Domain:
     """A domain that was created and not yet destroyed.
@@ -63,6 +73,7 @@ class Domain:
         external: Pid and start time of a process that is this guest and was not started here.
         is_leaving: It was told to end for good.
         has_started: A process of it was started under its present domid.
+        last_process: Pid and start time of the one that was started last, dead or alive.
         power_cycle: That of the platform in which its last process was started; None when its next
             one has nothing to go on with.
         ready_before: How often its processes had been ready when it last began with no journal.
@@ -80,6 +91,7 @@ class Domain:
     external: tuple[int, int] | None = None
     is_leaving: bool = False
     has_started: bool = False
+    last_process: tuple[int, int] | None = None
     power_cycle: int | None = None
     ready_before: int = 0
     _supervisor: Supervisor | None = field(default=None)
@@ -152,6 +164,18 @@ class Domain:
             localities=tuple(self.config.localities),
             boot_hash=self.boot_hash,
         )
+
+    @property
+    def device_state(self) -> DeviceState:
+        """All of its devices, to go back to."""
+        return DeviceState(
+            self.devices, frozenset(self._random_devids), self.disks, self.disk_specs_attached
+        )
+
+    @device_state.setter
+    def device_state(self, before: DeviceState) -> None:
+        self.devices, self._random_devids = before.vtpms, set(before.random_devids)
+        self.disks, self.disk_specs_attached = before.disks, before.disk_specs_attached
 
     def attach(self, backend: str, uuid: UUID | None) -> VtpmDevice:
         """Add a TPM frontend.

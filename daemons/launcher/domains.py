@@ -28,9 +28,9 @@ from daemons.launcher.domain import STOP_ORDER, Domain
 from daemons.launcher.launching import (
     BACKEND_ROLES,
     check_disks,
+    keep_for_the_next_launcher,
     launch_domain,
     waits_for_somebody,
-    write_config,
 )
 from daemons.launcher.process_states import RESTING, State
 from daemons.launcher.processes import is_alive
@@ -103,8 +103,7 @@ class Domains:
         if not paused:
             # From now on it is there, also for another launcher.
             try:
-                self._stack.places.make_private(self._stack.places.domain(config.name).directory)
-                write_config(self._stack, domain)
+                keep_for_the_next_launcher(self._stack, domain)
             except BaseException:
                 self._forget(domain)
                 raise
@@ -146,6 +145,7 @@ class Domains:
             disks=config.disks,
             boot_hash=record.boot_hash,
             has_started=was_started,
+            last_process=_process_of(record),
             power_cycle=self._chip.power_cycle if was_started else None,
         )
         domain.note_random_uuids()
@@ -455,6 +455,7 @@ class Domains:
             if found.role is Role.MANAGER:
                 await self._chip.power_on(progress)
             if supervisor.state is State.CREATED:
+                keep_for_the_next_launcher(self._stack, found)
                 self._stack.nursery.start_soon(self._live, found)
                 await self._stack.until(lambda: supervisor.state is not State.CREATED)
             await self._until_ready(progress, found)
@@ -513,6 +514,12 @@ class Domains:
         pid, start_time = domain.external
         await wait_for_end(pid, start_time)
         self._forget(domain)
+
+
+def _process_of(record: DomainRecord) -> tuple[int, int] | None:
+    if record.pid is None or record.start_time is None:
+        return None
+    return record.pid, record.start_time
 
 
 def remove_directory(places: Places, name: str) -> None:

@@ -85,11 +85,23 @@ async def _spawn(stack: Stack, chip: Chip, domain: Domain) -> Launched:
 
     def register(pid: int, start_time: int) -> None:
         stack.registry.put(domain.record(pid, start_time))
+        domain.last_process = (pid, start_time)
         domain.power_cycle = power_cycle
 
     return await start_process(
         stack, Start(name=domain.name, role=domain.role, argv=tuple(argv), register=register)
     )
+
+
+def keep_for_the_next_launcher(stack: Stack, domain: Domain) -> None:
+    """Write down what another launcher needs to start a domain that is not at rest.
+
+    Raises:
+        Failure: There is no room for it.
+    """
+    stack.places.make_private(stack.places.domain(domain.name).directory)
+    write_config(stack, domain)
+    stack.registry.put(domain.record(*(domain.last_process or (None, None))))
 
 
 def write_config(stack: Stack, domain: Domain) -> None:

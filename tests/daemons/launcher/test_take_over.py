@@ -24,6 +24,7 @@ from tests.daemons.launcher.fake_stack import (
     journals,
     kill,
     numbered,
+    refused,
     started_again,
     state_letter,
 )
@@ -135,6 +136,61 @@ def test_domid_is_not_given_out_again_by_the_next_launcher(stack):
     assert stack.what_is_left() == []  # nobody lives who knows the old ones
     stack.start()
     assert stack.create(MANAGER)["domid"] == 1
+
+
+BARE_VTPM = "\n".join(line for line in VTPM.splitlines() if not line.startswith("disk="))
+DISK = "file:/images/vtpm-guest1.img,hda,w"
+
+
+def test_devices_that_were_attached_are_there_for_the_next_launcher(stack):
+    stack.create(MANAGER)
+    create_refused(stack, BARE_VTPM.replace("backend=vtpmmgr", "backend=other"))
+    stack.call("vtpm_detach", domain="vtpm-guest1", devid_or_uuid="0")
+    stack.call("block_attach", domain="vtpm-guest1", spec=DISK)  # and waits for its manager
+    kill_launcher(stack)
+    stack.start()
+    (disk,) = stack.call("block_list", domain="vtpm-guest1")
+    assert disk["target"] == "/images/vtpm-guest1.img"
+    assert stack.call("vtpm_list", domains=["vtpm-guest1"]) == []
+    stack.call("vtpm_attach", domain="vtpm-guest1", backend="vtpmmgr", uuid=UUID)
+    stack.until_state("vtpm-guest1", "running")
+    assert uuid_of(stack, "vtpm-guest1") == UUID
+
+
+def test_domain_that_was_unpaused_and_waits_is_taken_over(stack):
+    stack.create(MANAGER)
+    stack.create(BARE_VTPM, paused=True)
+    refused(stack, "unpause", domain="vtpm-guest1")
+    kill_launcher(stack)
+    stack.start()
+    stack.call("block_attach", domain="vtpm-guest1", spec=DISK)
+    stack.until_state("vtpm-guest1", "running")
+
+
+def test_disk_that_cannot_be_written_down_is_not_attached(stack):
+    stack.create(MANAGER)
+    create_refused(stack, BARE_VTPM)
+    begun = stack.places.domain("vtpm-guest1").config.with_name("domain.cfg.new")
+    begun.mkdir()  # as good as a full disk
+    failure = refused(stack, "block_attach", domain="vtpm-guest1", spec=DISK)
+    assert "vtpm-guest1" in failure.what
+    assert stack.call("block_list", domain="vtpm-guest1") == []
+    begun.rmdir()
+    stack.call("block_attach", domain="vtpm-guest1", spec=DISK)
+    stack.until_state("vtpm-guest1", "running")
+
+
+def test_failed_domain_that_got_a_device_has_a_new_domid_with_the_next_launcher(stack):
+    """Its domid was used: its vTPM would take the next boot for the one before."""
+    stack.create_chain()
+    stack.behave("guest1", "fails 65")
+    kill(stack.row("guest1"))
+    domid = stack.until_state("guest1", "failed")["domid"]
+    stack.call("block_attach", domain="guest1", spec="file:/images/guest2.img,xvdb,w")
+    stack.behave("guest1", "ready")
+    kill_launcher(stack)
+    stack.start()
+    assert stack.until_state("guest1", "running")["domid"] > domid
 
 
 def uuid_of(stack, name):
