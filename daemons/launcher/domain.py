@@ -72,6 +72,7 @@ class Domain:
         boot_hash: Hex SHA-1 of its program, or empty.
         external: Pid and start time of a process that is this guest and was not started here.
         is_leaving: It was told to end for good.
+        has_begun: Its supervisor was told to run.
         has_started: A process of it was started under its present domid.
         last_process: Pid and start time of the one that was started last, dead or alive.
         power_cycle: That of the platform in which its last process was started; None when its next
@@ -90,6 +91,7 @@ class Domain:
     boot_hash: str = ""
     external: tuple[int, int] | None = None
     is_leaving: bool = False
+    has_begun: bool = False
     has_started: bool = False
     last_process: tuple[int, int] | None = None
     power_cycle: int | None = None

@@ -107,7 +107,7 @@ class Domains:
             except BaseException:
                 self._forget(domain)
                 raise
-            self._stack.nursery.start_soon(self._live, domain)
+            self._begin(domain)
             await self._until_ready(progress, domain)
         return domain
 
@@ -163,7 +163,7 @@ class Domains:
         # Who was ready may have been used, and is not started again without its journal.
         domain.supervisor.times_ready = int(was_ready(stack.places, record.name))
         stack.domains[record.name] = domain
-        stack.nursery.start_soon(self._live, domain)
+        self._begin(domain)
         if process is not None and is_standing(record):
             stack.nursery.start_soon(self._stand_again, domain)
 
@@ -317,11 +317,17 @@ class Domains:
                 )
 
     async def _make_room(self, name: str) -> None:
-        """Let a new domain take the place of one that has failed, and of no other."""
-        if self._is_stopping:
-            raise _cannot(f"create {name}", "the stack is stopping", "vtpm up starts it again")
-        old = self._stack.domains.get(name)
-        if old is not None:
+        """Let a new domain take the place of one that has failed, and of no other.
+
+        Whoever is first when the old one has ended has the place; nothing may be awaited between
+        the end of this and the new domain's entry.
+        """
+        while True:
+            if self._is_stopping:
+                raise _cannot(f"create {name}", "the stack is stopping", "vtpm up starts it again")
+            old = self._stack.domains.get(name)
+            if old is None:
+                break
             if old.external is not None or old.supervisor.state is not State.FAILED:
                 raise _cannot(
                     f"create {name}",
@@ -454,10 +460,12 @@ class Domains:
         if supervisor.state is State.CREATED and not found.is_leaving:
             if found.role is Role.MANAGER:
                 await self._chip.power_on(progress)
-            if supervisor.state is State.CREATED:
+            if not found.has_begun and not found.is_leaving:
                 keep_for_the_next_launcher(self._stack, found)
-                self._stack.nursery.start_soon(self._live, found)
-                await self._stack.until(lambda: supervisor.state is not State.CREATED)
+                self._begin(found)
+            await self._stack.until(
+                lambda: supervisor.state is not State.CREATED or found.is_leaving
+            )
             await self._until_ready(progress, found)
         elif not supervisor.unpause() and supervisor.state is not State.RUNNING:
             raise _cannot(f"unpause {found.name}", f"it is {found.shown_state}")
@@ -490,10 +498,15 @@ class Domains:
         domain.is_leaving = True
         if domain.external is None:
             supervisor = domain.supervisor
-            if supervisor.state is not State.CREATED:
+            if domain.has_begun:
                 supervisor.stop(drain_s=drain_s)
                 await self._stack.until(lambda: supervisor.state is State.ENDED)
         self._forget(domain)
+
+    def _begin(self, domain: Domain) -> None:
+        """Let its process live from now on; once."""
+        domain.has_begun = True
+        self._stack.nursery.start_soon(self._live, domain)
 
     async def _live(self, domain: Domain) -> None:
         """Let a domain's process live; on_crash=destroy ends the domain with it."""

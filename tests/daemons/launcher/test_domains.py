@@ -578,6 +578,53 @@ def test_failed_domain_can_be_rebooted_or_created_again(stack):
     assert stack.call("reboot", domain="vtpmmgr")["state"] == "running"
 
 
+def test_one_of_several_creates_takes_the_place_of_a_failed_domain(stack):
+    """The others would have left processes under its name that nobody knows."""
+    stack.create(MANAGER)
+    stack.create(VTPM + 'on_crash="preserve"\n')
+    kill(stack.row("vtpm-guest1"))
+    stack.until_state("vtpm-guest1", "failed")
+    mark = len(stack.story())
+    create = ("create", {"config_text": VTPM, "path": "x.cfg"})
+    answers = stack.call_at_once(create, create, create)
+    refusals = [answer["error"] for answer in answers if "error" in answer]
+    assert len(refusals) == 2
+    assert all("a domain of this name exists" in error["why"] for error in refusals)
+    assert [(e["name"], e["event"]) for e in stack.story()[mark:]] == [("vtpm-guest1", "started")]
+    assert stack.stop() == 0
+    assert stack.what_is_left() == []
+
+
+def test_nothing_takes_the_place_of_a_failed_domain_while_the_stack_stops(stack):
+    stack.create(MANAGER + 'on_crash="preserve"\n')
+    kill(stack.row("vtpmmgr"))
+    stack.until_state("vtpmmgr", "failed")
+    create = ("create", {"config_text": VTPM.replace("vtpm-guest1", "vtpmmgr", 1), "path": "x"})
+    created, stopped = stack.call_at_once(create, ("stop", {}))
+    assert "error" in created
+    assert "error" not in stopped
+    assert stack.launcher.wait(DEADLINE_S) == 0
+    assert stack.what_is_left() == []
+
+
+def test_domain_that_is_unpaused_twice_at_once_is_started_once(stack):
+    stack.create(MANAGER)
+    stack.create(VTPM, paused=True)
+    unpause = ("unpause", {"domain": "vtpm-guest1"})
+    assert ["error" in answer for answer in stack.call_at_once(unpause, unpause)] == [False, False]
+    assert stack.names("started").count("vtpm-guest1") == 1
+
+
+def test_domain_that_is_unpaused_and_destroyed_at_once_is_gone(stack):
+    stack.create(MANAGER)
+    stack.create(VTPM, paused=True)
+    unpause = ("unpause", {"domain": "vtpm-guest1"})
+    stack.call_at_once(unpause, ("destroy", {"domain": "vtpm-guest1"}))
+    assert [row["name"] for row in stack.call("list")] == ["Domain-0", "vtpmmgr"]
+    assert stack.stop() == 0
+    assert stack.what_is_left() == []
+
+
 @pytest.mark.parametrize("code", [ExitCode.CONFIGURATION, ExitCode.DAMAGED, ExitCode.NO_PERMISSION])
 def test_failure_that_no_restart_mends_is_told_as_the_daemon_told_it(stack, code):
     stack.behave("vtpmmgr", f"fails {int(code)} bit 7 is flipped")
