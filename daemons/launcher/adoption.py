@@ -2,8 +2,9 @@
 
 What it needs is on disk: the registry names every domain with its process, each domain's run
 directory has its config file, and a marker says that the chip has its power, since which boot of
-the machine. Processes that died meanwhile are started again and go on from their journals; where
-a record is older than the process that serves, nobody is started beside it.
+the machine. Processes that died meanwhile are started again and go on from their journals, unless
+their config has another on_crash; who was to stay down does (`wishes.py`). Where a record is older
+than the process that serves, nobody is started beside it.
 
 Not taken over: a domain that was created paused and never started, and a process from outside
 (`attach_external`), which is no guest any longer. How often a domain was started begins anew.
@@ -24,14 +25,15 @@ from daemons.journal import boot_id
 from daemons.launcher.last_domid import read_count
 from daemons.launcher.last_words import read_last_words
 from daemons.launcher.processes import is_alive, is_stopped, send_signal
-from daemons.launcher.ready_marks import contradictions
+from daemons.launcher.ready_marks import contradictions, has_served
 from daemons.launcher.supervisor import Launched
 from daemons.launcher.waiting import wait_for_end
+from daemons.launcher.wishes import Noted, Wish, read_wish
 from daemons.lean_structlog import structlog
 from daemons.places import CHIP_NAME, Places
 from daemons.private_files import UnsafeFile, read_checked
 from daemons.registry import DomainRecord, Registry, Role
-from daemons.xl.domain_config import parse_domain
+from daemons.xl.domain_config import Action, parse_domain
 
 MARKER_NAME: Final = "powered"
 MARKER_BYTES_MAX: Final = 64
@@ -72,12 +74,14 @@ class OldStack:
         chip: The chip's record.
         domains: Records of the others, in the order of their domids.
         configs: The config file of each that was to be started.
+        wishes: What is wanted of those whose process ended under its launcher's eyes, as noted.
         domids_given: How many domids were given out.
     """
 
     chip: DomainRecord
     domains: tuple[DomainRecord, ...]
     configs: dict[str, str]
+    wishes: dict[str, Noted]
     domids_given: int
 
 
@@ -139,15 +143,19 @@ def find_old_stack(places: Places) -> OldStack | None:
     if marker != boot_id().hex().encode("ascii") or chip is None:
         _require_nobody(places, marker, others)
         return None
-    configs = {}
+    configs, wishes = {}, {}
     for record in others:
         text = _config_of(places, record)
         if text is not None:
             configs[record.name] = text
+        noted = _wish_of(places, record.name)
+        if noted is not None:
+            wishes[record.name] = noted
     return OldStack(
         chip=chip,
         domains=tuple(others),
         configs=configs,
+        wishes=wishes,
         domids_given=_domids_given(places, others),
     )
 
@@ -218,6 +226,13 @@ def _config_of(places: Places, record: DomainRecord) -> str | None:
     return text
 
 
+def _wish_of(places: Places, name: str) -> Noted | None:
+    try:
+        return read_wish(places, name)
+    except UnsafeFile as failure:
+        raise _cannot_take_over(f"{failure.what}: {failure.why}") from failure
+
+
 def _cannot_note(what: str, path: Path, error: OSError) -> Failure:
     return Failure(
         f"cannot note {what}",
@@ -254,6 +269,24 @@ def launched_before(places: Places, record: DomainRecord) -> Launched | None:
     )
 
 
+def what_keeps_down(
+    places: Places, record: DomainRecord, on_crash: Action, noted: Noted | None
+) -> Noted | None:
+    """Why a domain whose process is dead is not started again; None if it is.
+
+    A process that had served, and died when no launcher saw it, has crashed. One that had not was
+    still being started, and so it is.
+    """
+    if noted is not None:
+        return None if noted.wish is Wish.RESTART else noted
+    pid, start_time = record.pid, record.start_time
+    if on_crash is Action.RESTART or pid is None or start_time is None:
+        return None
+    if not has_served(places, record.name, pid, start_time):
+        return None
+    return Noted(Wish.CRASHED, "its process ended while no launcher ran")
+
+
 def is_standing(record: DomainRecord) -> bool:
     """Whether its process was paused."""
     return record.pid is not None and is_stopped(record.pid)
@@ -262,6 +295,11 @@ def is_standing(record: DomainRecord) -> bool:
 def say_adopted(names: list[str]) -> None:
     """Tell who was taken over."""
     log.warning("an earlier launcher was killed; took its domains over", domains=" ".join(names))
+
+
+def say_destroyed(name: str) -> None:
+    """Tell whose crash was the end of it."""
+    log.warning("a domain crashed while no launcher ran; on_crash=destroy is done", domain=name)
 
 
 def say_left(record: DomainRecord, failure: Failure | None) -> None:

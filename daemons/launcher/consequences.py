@@ -21,8 +21,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from daemons.errors import Failure
 from daemons.launcher.domain import STOP_ORDER, Domain
 from daemons.launcher.stack import Stack
+from daemons.launcher.wishes import note_restart
+from daemons.lean_structlog import structlog
+
+log = structlog.get_logger()
 
 
 async def before_power_on(stack: Stack, reason: str) -> None:
@@ -63,6 +68,14 @@ def must_go_on(domain: Domain, power_cycle: int) -> bool:
     )
 
 
+def _note_restart(stack: Stack, domain: Domain) -> None:
+    """For a launcher that finds it dead: this is no crash. Without room it is taken for one."""
+    try:
+        note_restart(stack.places, domain.name, domain.config.on_crash)
+    except Failure as failure:
+        log.warning(failure.what, why=failure.why, domain=domain.name)
+
+
 async def _restart(stack: Stack, domains: Iterable[Domain], reason: str) -> None:
     stopped = list(domains)
     for domain in stopped:
@@ -72,6 +85,7 @@ async def _restart(stack: Stack, domains: Iterable[Domain], reason: str) -> None
             stack.registry.remove(domain.name)
             domain.external = None
         else:
+            _note_restart(stack, domain)
             domain.supervisor.restart(reason, drain_s=stack.settings.destroy_drain_s)
     supervised = [domain for domain in stopped if domain.name in stack.domains]
     await stack.until(lambda: not any(domain.has_process for domain in supervised))

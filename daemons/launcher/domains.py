@@ -20,7 +20,9 @@ from daemons.launcher.adoption import (
     is_standing,
     launched_before,
     say_adopted,
+    say_destroyed,
     say_left,
+    what_keeps_down,
 )
 from daemons.launcher.chip import Chip
 from daemons.launcher.consequences import forget_journal
@@ -36,8 +38,9 @@ from daemons.launcher.process_states import RESTING, State
 from daemons.launcher.processes import is_alive
 from daemons.launcher.ready_marks import was_ready
 from daemons.launcher.stack import DOMAINS_MAX, Stack
-from daemons.launcher.supervisor import Launched, Supervisor
+from daemons.launcher.supervisor import Launched, Supervisor, crashed
 from daemons.launcher.waiting import wait_for_end
+from daemons.launcher.wishes import Noted, Wish, note_restart, note_wish
 from daemons.lean_structlog import structlog
 from daemons.listeners import start_time_of
 from daemons.places import CHIP_NAME, DOMAIN0_NAME, Places
@@ -94,6 +97,7 @@ class Domains:
             self._stack.changes,
             config.on_crash,
         )
+        supervisor.before_keeping = partial(self._note_crash, config.name)
         domain.supervisor = supervisor
         self._stack.registry.put(domain.record(None, None))
         self._stack.domains[config.name] = domain
@@ -127,18 +131,54 @@ class Domains:
                     say_left(record, None)
                     self._stack.registry.remove(record.name)
                 else:
-                    self._adopt(record, parse_domain(config_text, record.name), config_text)
+                    self._adopt(record, config_text, old.wishes.get(record.name))
             except Failure as failure:
                 say_left(record, failure)
         say_adopted([CHIP_NAME, *self._stack.domains])
         self._stack.changes.announce()
 
-    def _adopt(self, record: DomainRecord, config: DomainConfig, config_text: str) -> None:
-        stack, was_started = self._stack, record.pid is not None
+    def _adopt(self, record: DomainRecord, config_text: str, noted: Noted | None) -> None:
+        stack, config = self._stack, parse_domain(config_text, record.name)
+        process = launched_before(stack.places, record)
+        kept = None
+        if process is None:
+            kept = what_keeps_down(stack.places, record, config.on_crash, noted)
+        if kept is not None and kept.wish is Wish.CRASHED and config.on_crash is Action.DESTROY:
+            say_destroyed(record.name)
+            stack.registry.remove(record.name)
+            remove_directory(stack.places, record.name)
+            return
+        domain = self._domain_of(record, config, config_text)
+        first = [partial(self._first_start, domain, process, kept)]
+
+        async def launch() -> Launched:
+            if first:
+                return await first.pop()()
+            return await launch_domain(stack, self._chip, domain)
+
+        domain.supervisor = Supervisor(
+            record.name,
+            launch,
+            stack.settings.supervisor,
+            stack.changes,
+            config.on_crash,
+        )
+        domain.supervisor.before_keeping = partial(self._note_crash, record.name)
+        # Who was ready may have been used, and is not started again without its journal.
+        domain.supervisor.times_ready = int(was_ready(stack.places, record.name))
+        stack.domains[record.name] = domain
+        self._begin(domain)
+        if process is not None and noted is not None and noted.wish is Wish.RESTART:
+            stack.nursery.start_soon(self._restart_adopted, domain)
+        elif process is not None and is_standing(record):
+            stack.nursery.start_soon(self._stand_again, domain)
+
+    def _domain_of(self, record: DomainRecord, config: DomainConfig, config_text: str) -> Domain:
+        was_started = record.pid is not None
         domain = Domain(
             config=config,
             config_text=config_text,
-            config_path=str(stack.places.domain(record.name).config),
+            config_path=str(self._stack.places.domain(record.name).config),
             domid=record.domid,
             label=record.label,
             devices=record.vtpms,
@@ -149,23 +189,34 @@ class Domains:
             power_cycle=self._chip.power_cycle if was_started else None,
         )
         domain.note_random_uuids()
-        launched: list[Launched] = []
-        process = launched_before(stack.places, record)
+        return domain
+
+    async def _first_start(
+        self, domain: Domain, process: Launched | None, kept: Noted | None
+    ) -> Launched:
+        """Take the place of the first start of a domain that is taken over: it is as it was."""
         if process is not None:
-            launched.append(process)
+            return process
+        if kept is None:
+            return await launch_domain(self._stack, self._chip, domain)
+        if kept.wish is Wish.PRESERVED:
+            domain.supervisor.preserve()
+            await trio.sleep_forever()  # which `preserve` has cancelled
+        raise crashed(domain.name, kept.reason, domain.config.on_crash)
 
-        async def launch() -> Launched:
-            return launched.pop() if launched else await launch_domain(stack, self._chip, domain)
+    async def _restart_adopted(self, domain: Domain) -> None:
+        """Its launcher was killed when it had begun to end it, to start it again."""
+        await self._stack.until(lambda: domain.is_running or domain.is_leaving)
+        if domain.role is not Role.MANAGER:
+            forget_journal(domain)
+        domain.supervisor.restart("it was being restarted when its launcher was killed")
 
-        domain.supervisor = Supervisor(
-            record.name, launch, stack.settings.supervisor, stack.changes, config.on_crash
-        )
-        # Who was ready may have been used, and is not started again without its journal.
-        domain.supervisor.times_ready = int(was_ready(stack.places, record.name))
-        stack.domains[record.name] = domain
-        self._begin(domain)
-        if process is not None and is_standing(record):
-            stack.nursery.start_soon(self._stand_again, domain)
+    def _note_crash(self, name: str, reason: str) -> None:
+        """For another launcher, which would have to guess; if there is no room, it does."""
+        try:
+            note_wish(self._stack.places, name, Wish.CRASHED, reason)
+        except Failure as failure:
+            log.warning(failure.what, why=failure.why, domain=name)
 
     async def _stand_again(self, domain: Domain) -> None:
         """A domain that was paused is paused for this launcher, too."""
@@ -425,12 +476,15 @@ class Domains:
             await progress(f"stopping {found.name}, which is kept")
             found.supervisor.preserve(drain_s=drain_s)
             await found.supervisor.settled()
+            if found.supervisor.state is State.PRESERVED:
+                note_wish(self._stack.places, found.name, Wish.PRESERVED)
         else:
             await progress(f"rebooting {found.name}")
             await self._start_again(progress, found, f"{asked} was asked for")
 
     async def _start_again(self, progress: Progress, found: Domain, reason: str) -> None:
         starts = found.supervisor.starts
+        note_restart(self._stack.places, found.name, found.config.on_crash)
         if found.role is not Role.MANAGER:  # what the chip holds for a manager, it still holds
             forget_journal(found)
         found.supervisor.restart(reason)

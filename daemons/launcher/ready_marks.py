@@ -32,7 +32,7 @@ _CONTENT: Final = re.compile(rb"([a-z0-9]+) (\d{1,10}) (\d{1,19})\n")
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """A process that was ready, and lives."""
+    """A process that was ready."""
 
     name: str
     role: Role
@@ -99,6 +99,12 @@ def was_ready(places: Places, name: str) -> bool:
     return True
 
 
+def has_served(places: Places, name: str, pid: int, start_time: int) -> bool:
+    """Whether this very process of a domain was ready; it may be dead."""
+    named = _named(places, name)
+    return named is not None and (named.pid, named.start_time) == (pid, start_time)
+
+
 def who_has_served(places: Places) -> list[str]:
     """The domains that have a mark, whatever it says."""
     try:
@@ -140,12 +146,16 @@ def contradictions(places: Places, records: Mapping[str, DomainRecord]) -> dict[
 
 
 def _serving(places: Places, name: str) -> Serving | None:
+    named = _named(places, name)
+    return named if named is not None and is_alive(named.pid, named.start_time) else None
+
+
+def _named(places: Places, name: str) -> Serving | None:
     try:
         content = read_checked(places.domain(name).directory / READY_NAME, _BYTES_MAX)
         said = _CONTENT.fullmatch(content or b"")
         if said is None:
             return None
-        serving = Serving(name, Role(said[1].decode("ascii")), int(said[2]), int(said[3]))
+        return Serving(name, Role(said[1].decode("ascii")), int(said[2]), int(said[3]))
     except (Failure, ValueError):
         return None
-    return serving if is_alive(serving.pid, serving.start_time) else None

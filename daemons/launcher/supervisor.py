@@ -128,6 +128,7 @@ class Supervisor:
         starts: How often a process was started.
         times_ready: How often one of them came to be ready.
         last_reason: Why it was last started again.
+        before_keeping: Called with the reason before one that crashed is kept as it is.
     """
 
     def __init__(
@@ -146,6 +147,7 @@ class Supervisor:
         self.starts = 0
         self.times_ready = 0
         self.last_reason = ""
+        self.before_keeping: Callable[[str], None] = lambda _reason: None
         self._launch = launch
         self._limits = limits
         self._changes = changes
@@ -368,14 +370,9 @@ class Supervisor:
         log.warning("process died", domain=self.name, reason=self.reason)
         self._move(Event.EXITED)
         if self._on_crash is not Action.RESTART:
-            self._give_up(
-                Failure(
-                    f"{self.name} crashed",
-                    why=self.reason,
-                    next_step=f"on_crash={self._on_crash.value} keeps it from being started again;"
-                    " look at its log",
-                )
-            )
+            if self._on_crash is Action.PRESERVE:
+                self.before_keeping(self.reason)
+            self._give_up(crashed(self.name, self.reason, self._on_crash))
             if self._on_crash is Action.DESTROY:
                 self._wish = _Wish.END
         elif status in FINAL_EXITS:
@@ -464,6 +461,15 @@ def _is_about_room(failure: Failure) -> bool:
     """Whether it would not have happened if a disk, a quota or descriptors were not used up."""
     cause = failure.__cause__
     return isinstance(cause, OSError) and cause.errno in _NO_ROOM
+
+
+def crashed(name: str, why: str, on_crash: Action) -> Failure:
+    """What to tell of a domain that crashed and is not started again."""
+    return Failure(
+        f"{name} crashed",
+        why=why,
+        next_step=f"on_crash={on_crash.value} keeps it from being started again; look at its log",
+    )
 
 
 def describe_exit(status: int | None) -> str:

@@ -112,26 +112,31 @@ class Stack:
     def create(self, text, **params):
         return self.call("create", config_text=text, path="x.cfg", **params)
 
+    @contextmanager
+    def sent(self, *calls):
+        """Send requests in one piece; the connection, on which the answers come."""
+        lines = [
+            json.dumps({"id": number, "method": method, "params": params}) + "\n"
+            for number, (method, params) in enumerate(calls)
+        ]
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(DEADLINE_S)
+            connection.connect(str(self.places.launcher_socket))
+            connection.sendall("".join(lines).encode())
+            yield connection
+
     def call_at_once(self, *calls):
         """Send requests in one piece, so that nobody is answered before all are there.
 
         Returns:
             The answers, in the order of the requests.
         """
-        lines = [
-            json.dumps({"id": number, "method": method, "params": params}) + "\n"
-            for number, (method, params) in enumerate(calls)
-        ]
         answers = {}
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(DEADLINE_S)
-            connection.connect(str(self.places.launcher_socket))
-            connection.sendall("".join(lines).encode())
-            with connection.makefile() as received:
-                while len(answers) < len(calls):
-                    answer = json.loads(received.readline())
-                    if "progress" not in answer:
-                        answers[answer["id"]] = answer
+        with self.sent(*calls) as connection, connection.makefile() as received:
+            while len(answers) < len(calls):
+                answer = json.loads(received.readline())
+                if "progress" not in answer:
+                    answers[answer["id"]] = answer
         return [answers[number] for number in range(len(calls))]
 
     def create_chain(self):

@@ -138,6 +138,96 @@ def test_domid_is_not_given_out_again_by_the_next_launcher(stack):
     assert stack.create(MANAGER)["domid"] == 1
 
 
+def test_domain_that_was_shut_down_and_kept_stays_down(stack):
+    stack.create_chain()
+    stack.create(numbered(VTPM, 2))
+    stack.create(numbered(GUEST, 2) + 'on_poweroff="preserve"\n')
+    stack.call("shutdown", domain="guest2")
+    kill_launcher(stack)
+    stack.start()
+    row = stack.until_state("guest2", "shutdown")
+    assert row["pid"] is None
+    assert stack.names("started").count("guest2") == 1
+    kill_launcher(stack)  # and another time
+    stack.start()
+    stack.until_state("guest2", "shutdown")
+    assert stack.call("reboot", domain="guest2")["state"] == "running"
+    kill_launcher(stack)
+    killed = stack.story("started")[-1]
+    kill(killed)
+    stack.start()  # it was killed, no more
+    stack.until(lambda: stack.row("guest2")["pid"] not in {None, killed["pid"]}, "it is back")
+
+
+def test_domain_that_crashed_and_is_kept_is_kept_by_the_next_launcher(stack):
+    stack.create_chain()
+    stack.call("destroy", domain="guest1")
+    stack.create(GUEST + 'on_crash="preserve"\n')
+    kill(stack.row("guest1"))
+    before = stack.until_state("guest1", "failed")
+    kill_launcher(stack)
+    stack.start()
+    assert stack.until_state("guest1", "failed")["state"] == before["state"]
+    assert stack.names("started").count("guest1") == 2
+    assert stack.call("reboot", domain="guest1")["state"] == "running"
+
+
+def die_without_a_launcher(stack, name):
+    row = stack.row(name)
+    kill_launcher(stack)
+    kill(row)
+    stack.until(lambda: not is_alive(row["pid"], start_time_of(row["pid"]) or 0), "it is dead")
+    stack.start()
+
+
+@pytest.mark.parametrize(("action", "state"), [("preserve", "failed"), ("destroy", None)])
+def test_crash_that_no_launcher_saw_means_what_the_config_says(stack, action, state):
+    stack.create_chain()
+    stack.call("destroy", domain="guest1")
+    stack.create(GUEST + f'on_crash="{action}"\n')
+    die_without_a_launcher(stack, "guest1")
+    states = {row["name"]: row["state"] for row in stack.call("list")}
+    if state is None:
+        assert "guest1" not in states
+        assert not stack.places.domain("guest1").directory.exists()
+    else:
+        assert "while no launcher ran" in stack.until_state("guest1", state)["state"]
+    assert stack.names("started").count("guest1") == 2
+    assert stack.stop() == 0
+    assert stack.what_is_left() == []
+
+
+@pytest.mark.parametrize("action", ["preserve", "destroy"])
+def test_domain_that_was_to_be_started_again_has_not_crashed(stack, action):
+    """It has ended to be rebooted, and waits for its vTPM, when its launcher is killed."""
+    stack.create_chain()
+    stack.call("destroy", domain="guest1")
+    stack.create(GUEST + f'on_crash="{action}"\n')
+    stack.call("pause", domain="vtpm-guest1")
+    refused(stack, "reboot", domain="guest1")
+    assert "waits for vtpm-guest1" in stack.row("guest1")["state"]
+    kill_launcher(stack)
+    stack.start()
+    stack.until_state("vtpm-guest1", "paused")
+    stack.until(lambda: "waits for vtpm-guest1" in stack.row("guest1")["state"], "it waits")
+    stack.call("unpause", domain="vtpm-guest1")
+    stack.until_state("guest1", "running")
+
+
+def test_process_that_was_not_ready_when_its_launcher_was_killed_has_not_crashed(stack):
+    stack.create_chain()
+    stack.call("destroy", domain="guest1")
+    stack.behave("guest1", "silent")
+    text = GUEST + 'on_crash="destroy"\n'
+    with stack.sent(("create", {"config_text": text, "path": "x"})):
+        stack.until(lambda: stack.names("started").count("guest1") == 2, "it is started")
+        kill_launcher(stack)
+    kill(stack.story("started")[-1])
+    stack.behave("guest1", "ready")
+    stack.start()
+    stack.until_state("guest1", "running")
+
+
 BARE_VTPM = "\n".join(line for line in VTPM.splitlines() if not line.startswith("disk="))
 DISK = "file:/images/vtpm-guest1.img,hda,w"
 
@@ -267,6 +357,14 @@ def mark_that_is_a_fifo(stack):
     os.mkfifo(stack.places.run / "powered", 0o600)
 
 
+def wish_noted_wrong(stack):
+    (stack.places.domain("guest1").directory / "wish").write_text("preserve\n")
+
+
+def wish_that_is_a_fifo(stack):
+    os.mkfifo(stack.places.domain("guest1").directory / "wish", 0o600)
+
+
 def config_gone(stack):
     stack.places.domain("vtpm-guest1").config.unlink()
 
@@ -338,6 +436,8 @@ def counter_of_domids_that_is_a_fifo(stack):
         mark_gone,
         mark_zeroed,
         mark_that_is_a_fifo,
+        wish_noted_wrong,
+        wish_that_is_a_fifo,
         config_gone,
         config_of_another,
         config_cut_short,
