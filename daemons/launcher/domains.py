@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from functools import partial
 from uuid import UUID
 
@@ -149,7 +150,8 @@ class Domains:
             remove_directory(stack.places, record.name)
             return
         domain = self._domain_of(record, config, config_text)
-        first = [partial(self._first_start, domain, process, kept)]
+        stands = process is not None and is_standing(record)
+        first = [partial(self._first_start, domain, process, kept, is_standing=stands)]
 
         async def launch() -> Launched:
             if first:
@@ -170,8 +172,6 @@ class Domains:
         self._begin(domain)
         if process is not None and noted is not None and noted.wish is Wish.RESTART:
             stack.nursery.start_soon(self._restart_adopted, domain)
-        elif process is not None and is_standing(record):
-            stack.nursery.start_soon(self._stand_again, domain)
 
     def _domain_of(self, record: DomainRecord, config: DomainConfig, config_text: str) -> Domain:
         was_started = record.pid is not None
@@ -192,11 +192,16 @@ class Domains:
         return domain
 
     async def _first_start(
-        self, domain: Domain, process: Launched | None, kept: Noted | None
+        self,
+        domain: Domain,
+        process: Launched | None,
+        kept: Noted | None,
+        *,
+        is_standing: bool,
     ) -> Launched:
         """Take the place of the first start of a domain that is taken over: it is as it was."""
         if process is not None:
-            return process
+            return replace(process, is_standing=is_standing)
         if kept is None:
             return await launch_domain(self._stack, self._chip, domain)
         if kept.wish is Wish.PRESERVED:
@@ -206,7 +211,7 @@ class Domains:
 
     async def _restart_adopted(self, domain: Domain) -> None:
         """Its launcher was killed when it had begun to end it, to start it again."""
-        await self._stack.until(lambda: domain.is_running or domain.is_leaving)
+        await self._stack.until(lambda: domain.has_process or domain.is_leaving)
         if domain.role is not Role.MANAGER:
             forget_journal(domain)
         domain.supervisor.restart("it was being restarted when its launcher was killed")
@@ -217,12 +222,6 @@ class Domains:
             note_wish(self._stack.places, name, Wish.CRASHED, reason)
         except Failure as failure:
             log.warning(failure.what, why=failure.why, domain=name)
-
-    async def _stand_again(self, domain: Domain) -> None:
-        """A domain that was paused is paused for this launcher, too."""
-        await self._stack.until(lambda: domain.supervisor.state is not State.CREATED)
-        await self._stack.until(lambda: domain.is_running)
-        domain.supervisor.pause()
 
     async def attach_external(self, config_text: str, pid: int) -> Domain:
         """Let a process that was not started here be a guest: for measurements and tests.

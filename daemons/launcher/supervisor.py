@@ -93,11 +93,13 @@ class Launched:
 
     Attributes:
         is_ready: It was ready before; it will not say so again.
+        is_standing: It was paused before, and serves nobody for a moment.
     """
 
     process: Process
     last_words: Callable[[], LastWords]
     is_ready: bool = False
+    is_standing: bool = False
 
 
 class _Wish(StrEnum):
@@ -312,6 +314,8 @@ class Supervisor:
         self._move(Event.SPAWNED)
         if launched.is_ready:
             self.notified({"READY": "1", "STATUS": _ADOPTED})
+        if launched.is_standing:
+            self.pause()
         overdue = trio.Event()
         status: int | None = None
         if self._wish is not _Wish.RUN:
