@@ -62,16 +62,21 @@ def victim(launcher):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_a_run_that_is_ended_leaves_nothing_stopped(victim, places, plan, number):
-    run = subprocess.Popen(
-        [sys.executable, "-m", "daemons.cli.main", "fault", "run", str(plan)],
+    # These tests may run under nohup, which the run would respect.
+    hears = ["env", "--default-signal=HUP"]
+    with subprocess.Popen(
+        [*hears, sys.executable, "-m", "daemons.cli.main", "fault", "run", str(plan)],
         env={**os.environ, "VTPM_ROOT": str(places.root)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    )
-    wait_until(lambda: is_stopped(victim.pid))
-    run.send_signal(number)
-    _, said = run.communicate(timeout=PATIENCE_S)
+    ) as run:
+        try:
+            wait_until(lambda: is_stopped(victim.pid))
+            run.send_signal(number)
+            _, said = run.communicate(timeout=PATIENCE_S)
+        finally:
+            run.kill()
     assert run.returncode == (-number if number == signal.SIGKILL else 128 + number)
     assert "Traceback" not in said
     wait_until(lambda: not is_stopped(victim.pid))
