@@ -208,6 +208,10 @@ class Tpm:
         """Neither disabled nor deactivated."""
         return not (self.permanent.flags.disable or self.stclear.deactivated)
 
+    def key_in_slot(self, handle: int) -> LoadedKey | None:
+        """The key that was loaded under a handle, an owner-evict key too; no reserved one."""
+        return self.volatile.keys.get(handle) or self.permanent.owner_evict_keys.get(handle)
+
     def key(self, handle: int) -> LoadedKey:
         """The key at a handle: a slot, an owner-evict key, or the SRK.
 
@@ -217,11 +221,7 @@ class Tpm:
                 for a reserved handle that is no key's. The specification names no code for the
                 last two: these are the ones that clients know.
         """
-        found: LoadedKey | None
-        if handle == _SRK:
-            found = self.permanent.srk
-        else:
-            found = self.volatile.keys.get(handle) or self.permanent.owner_evict_keys.get(handle)
+        found = self.permanent.srk if handle == _SRK else self.key_in_slot(handle)
         if found is None:
             code = _RESERVED.get(handle, ReturnCode.INVALID_KEYHANDLE)
             raise TpmError(code, f"no key at 0x{handle:08x}")

@@ -70,6 +70,7 @@ def oiap(tpm: Tpm, _cmd: Nothing, _auth: Authorized) -> OiapOut:
         shared_secret=b"",
         delegation=b"",
     )
+    _check_room(tpm)
     return OiapOut(auth_handle=_open(tpm, session), nonce_even=nonce_even)
 
 
@@ -166,7 +167,7 @@ def _check_room(tpm: Tpm) -> None:
 
 
 def _open(tpm: Tpm, session: Session) -> int:
-    _check_room(tpm)
+    """Give a session a handle; `_check_room` has found one for it."""
     sessions = tpm.stany.sessions
     handle = tpm.new_handle(sessions, tpm.stany.transport_sessions)
     tpm.change_stany().sessions = {**sessions, handle: session}

@@ -82,9 +82,7 @@ def key_control_owner(tpm: Tpm, cmd: KeyControlOwnerIn, _auth: Authorized) -> No
             NOSPACE.
     """
     # keyHandle is not part of what the owner signed; pubKey says which key is meant.
-    key = tpm.volatile.keys.get(cmd.key_handle) or tpm.permanent.owner_evict_keys.get(
-        cmd.key_handle
-    )
+    key = tpm.key_in_slot(cmd.key_handle)
     if key is None:
         raise TpmError(ReturnCode.INVALID_KEYHANDLE)
     if key.usage in {KeyUsage.AUTHCHANGE, KeyUsage.MIGRATE}:
