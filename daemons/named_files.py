@@ -66,7 +66,7 @@ def _open_to_write(path: Path) -> int:
                 raise
             if time.monotonic() > deadline:
                 raise TimeoutError("it is a FIFO, and nobody reads from it") from error
-        time.sleep(LOOK_AGAIN_S)
+        time.sleep(LOOK_AGAIN_S)  # nothing tells that a reader has come
 
 
 def _read_pipe(descriptor: int, bytes_max: int) -> bytes:

@@ -288,7 +288,7 @@ class TisServer:
                 del self._askers[locality]
                 if carrier.peer.is_platform:
                     self.device.give_up(locality)
-            if asked:
+            if asked and carrier.peer.is_platform:
                 self._remember()
                 self._pass_interrupts()
 
