@@ -233,7 +233,8 @@ class Firmware:
     def _is_explained(self, *pcrs: int) -> bool:
         """Whether PCRs hold what the log says."""
         logged = replay(self._events)
-        # At the locality of the launch: a manager that was killed may still hold a lower one.
+        # At the locality of the launch: a manager that was killed may still hold it, and then no
+        # lower one is granted.
         return all(self._read_pcr(pcr, LAUNCH_LOCALITY) == logged[pcr] for pcr in pcrs)
 
     def _read_pcr(self, pcr: int, locality: int = FIRMWARE_LOCALITY) -> bytes:
