@@ -23,7 +23,8 @@ from daemons.doctor import run_files, stores, surroundings
 from daemons.doctor.finding import Finding, State, Subject, look_at
 from daemons.doctor.run_files import Scene
 from daemons.doctor.stores import Use
-from daemons.doctor.systemd_directories import (
+from daemons.doctor.under_systemd import (
+    examine_marks,
     examine_own_directory,
     examine_platform_directories,
 )
@@ -253,16 +254,18 @@ def _manager_setup(places: Places, config: DomainConfig) -> list[Finding]:
 def _run_directory(scene: Scene, name: str, role: Role) -> list[Finding]:
     if scene.is_systemd:
         seen = examine_own_directory(scene.places, name)
+        marks = examine_marks(scene.places, name)
     else:
         seen = surroundings.examine_directory(scene.places.domain(name).directory)
+        marks = []
     if seen.state is State.ABSENT:
         if not scene.is_running(name):
-            return run_files.examine_record(scene, name)
+            return [*run_files.examine_record(scene, name), *marks]
     elif seen.state is not State.FINE:
-        return [seen]
+        return [seen, *marks]
     if role is Role.HWTPM:
-        return [seen, *run_files.examine_chip(scene)]
-    return [seen, *run_files.examine_domain(scene, name, role)]
+        return [seen, *run_files.examine_chip(scene), *marks]
+    return [seen, *run_files.examine_domain(scene, name, role), *marks]
 
 
 def _image_findings(

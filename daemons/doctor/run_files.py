@@ -21,9 +21,11 @@ from daemons.instance_lock import inspect_lock
 from daemons.journal import boot_id, inspect_journal, missing
 from daemons.launcher.adoption import MARKER_NAME
 from daemons.launcher.event_log import read_log
+from daemons.launcher.last_domid import COUNTER_NAME, read_count
 from daemons.launcher.leftovers import LOCK_NAME
 from daemons.launcher.processes import is_alive
 from daemons.launcher.ready_marks import READY_NAME, contradictions
+from daemons.launcher.wishes import WISH_NAME, Wish, read_wish
 from daemons.listeners import SOCKET_PATH_BYTES_MAX, describe_file, served_paths
 from daemons.manager.handle_journal import read_leftovers
 from daemons.manager.request_memory import inspect_requests
@@ -36,6 +38,11 @@ SYSTEMD_MARK: Final = ".powered"
 """In the registry, where systemd starts the domains."""
 _TAKE_OVER: Final = "vtpm up takes over what runs, and starts the others again."
 _CLEARED: Final = "left by a stack that has ended; the next vtpm up clears it away"
+_WISHES: Final = {
+    Wish.PRESERVED: "it was shut down, and is kept",
+    Wish.RESTART: "it is to be started again",
+    Wish.CRASHED: "it crashed, and is kept",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +149,7 @@ def examine_record(scene: Scene, name: str) -> list[Finding]:
 def examine_launcher(scene: Scene) -> list[Finding]:
     """Look at what the launcher has for itself."""
     places = scene.places
-    findings = [_power_mark(scene), _launcher_lock(scene)]
+    findings = [_power_mark(scene), _launcher_lock(scene), _last_domid(scene)]
     findings += [
         *_socket(scene, places.launcher_socket, scene.launcher is not None),
         *_socket(scene, places.notify_socket, scene.launcher is not None),
@@ -220,6 +227,19 @@ def _launcher_lock(scene: Scene) -> Finding:
     return look_at(subject, look)
 
 
+def _last_domid(scene: Scene) -> Finding:
+    subject = Subject(scene.places.registry / COUNTER_NAME, "how many domids were given out")
+
+    def look() -> Finding:
+        if not scene.is_powered:
+            there = os.path.lexists(subject.path)
+            return subject.fine(_CLEARED) if there else subject.absent("none was")
+        count = read_count(scene.places.registry, scene.records.values())
+        return subject.fine(str(count)) if count else subject.absent("none was")
+
+    return look_at(subject, look, is_used=True)
+
+
 def _event_log(scene: Scene) -> Finding:
     subject = Subject(scene.places.event_log, "what was measured into the chip")
 
@@ -256,7 +276,7 @@ def examine_domain(scene: Scene, name: str, role: Role) -> list[Finding]:
     """Look at a domain's run directory."""
     own = scene.places.domain(name)
     has_served = has_been_ready(scene, name)
-    findings = [*examine_record(scene, name), *_config(scene, name)]
+    findings = [*examine_record(scene, name), *_config(scene, name), *_wish(scene, name)]
     is_running = scene.is_running(name)
     if role is Role.VTPM:
         findings.append(_journal(scene, name, has_served=has_served))
@@ -270,7 +290,7 @@ def examine_domain(scene: Scene, name: str, role: Role) -> list[Finding]:
     if has_served:
         findings.append(Subject(own.directory / READY_NAME, "the mark of having served").fine())
     journals = {own.journal.name, own.requests.name}
-    known = journals | {socket.name, MEASUREMENTS, READY_NAME, own.config.name}
+    known = journals | {socket.name, MEASUREMENTS, READY_NAME, WISH_NAME, own.config.name}
     return [*findings, *_strangers(own.directory, known)]
 
 
@@ -357,6 +377,19 @@ def _config(scene: Scene, name: str) -> list[Finding]:
         return subject.absent()
 
     return [look_at(subject, look)]
+
+
+def _wish(scene: Scene, name: str) -> list[Finding]:
+    path = scene.places.domain(name).directory / WISH_NAME
+    subject = Subject(path, "what is wanted of it without a process")
+
+    def look() -> Finding:
+        if not scene.is_powered:
+            return subject.fine(_CLEARED)
+        noted = read_wish(scene.places, name)
+        return subject.absent() if noted is None else subject.fine(_WISHES[noted.wish])
+
+    return [look_at(subject, look, is_used=True)] if os.path.lexists(path) else []
 
 
 def _measurements(directory: Path) -> Finding:

@@ -33,6 +33,13 @@ from daemons.places import DOMAIN0_NAME, Places
 from daemons.private_files import read_checked
 from daemons.registry import DomainRecord, Registry, RegistryWriter, Role
 
+SYSTEMD_MARKS: Final = {
+    "held": "it was created paused, and nobody has started it since",
+    "refused": "its last start ended before its process was begun",
+    "failures": "how often it has ended by itself, one soon after the other",
+    "env": "whether its next process has to go on where the last one was",
+}
+"""What a domain may have beside its record, and what each is: `.NAME.held` and so on."""
 STABLE_S: Final = 60.0
 """Who fails again after more than this has failed for the first time."""
 COUNTER_BYTES_MAX: Final = 128
@@ -98,10 +105,10 @@ class RunState:
         The unit reads it as an EnvironmentFile. What is to go on must not begin anew because
         somebody took the journal away in between.
         """
-        _write(self._directory / f".{name}.env", f"VTPM_GO_ON={GO_ON if must else ''}\n")
+        _write(mark_path(self._directory, name, "env"), f"VTPM_GO_ON={GO_ON if must else ''}\n")
 
     def _hold_mark(self, name: str) -> Path:
-        return self._directory / f".{name}.held"
+        return mark_path(self._directory, name, "held")
 
     def is_held(self, name: str) -> bool:
         """Tell whether a domain was created paused, and nobody has started it since."""
@@ -112,7 +119,7 @@ class RunState:
         _set_mark(self._hold_mark(name), is_set=is_held)
 
     def _refusal_mark(self, name: str) -> Path:
-        return self._directory / f".{name}.refused"
+        return mark_path(self._directory, name, "refused")
 
     def is_refused(self, name: str) -> bool:
         """Tell whether the last start of a domain ended before its process was begun.
@@ -130,7 +137,7 @@ class RunState:
 
     def count_failure(self, name: str, now_s: float) -> int:
         """Count a process that has ended by itself; how many have, one soon after the other."""
-        path = self._directory / f".{name}.failures"
+        path = mark_path(self._directory, name, "failures")
         try:
             text, _, last = (read_checked(path, COUNTER_BYTES_MAX) or b"").partition(b" ")
             in_a_row = int(text) if now_s - float(last) < STABLE_S else 0
@@ -173,6 +180,20 @@ class RunState:
                 yield
             finally:
                 self.writer.remove(DOMAIN0_NAME)
+
+
+def mark_path(registry: Path, name: str, mark: str) -> Path:
+    """Give the path of one of a domain's `SYSTEMD_MARKS`."""
+    return registry / f".{name}.{mark}"
+
+
+def inspect_mark(path: Path) -> bool:
+    """Tell whether a mark is there; nothing is changed.
+
+    Raises:
+        Failure: Something else stands in its place, or it cannot be looked at.
+    """
+    return _is_marked(path)
 
 
 def is_there(path: Path) -> bool:

@@ -30,7 +30,9 @@ from daemons.hwtpmd import HwtpmdSettings
 from daemons.instance_lock import InstanceLock
 from daemons.journal import Journal, boot_id, read_journal
 from daemons.launcher.event_log import EventType, event_of, read_log, write_log
+from daemons.launcher.last_domid import note_count, read_count
 from daemons.launcher.leftovers import launcher_lock
+from daemons.launcher.wishes import WISH_NAME, Wish, note_wish, read_wish
 from daemons.listeners import Kind, listen, start_time_of
 from daemons.manager.request_memory import RequestMemory
 from daemons.manager.vault import inspect
@@ -138,6 +140,7 @@ class Installation:
             )
             kind = Kind.STREAM if role is Role.GUEST else Kind.SEQPACKET
             opened.enter_context(listen(socket, kind))
+        note_count(places.registry, len(ROLES))
         for name in ("hwtpm", "vtpm1"):
             journal = Journal(places.domain(name).journal, KEY, name.encode(), b"snapshot")
             journal.append(b"record")
@@ -325,6 +328,19 @@ def record(stack):
     return stack.places.registry / "guest1.json", lambda path: Registry(path.parent).all()
 
 
+def last_domid(stack):
+    def read(path):
+        return read_count(path.parent, Registry(path.parent).all())
+
+    return stack.places.registry / ".last-domid", read
+
+
+def wish(stack):
+    note_wish(stack.places, "vtpm1", Wish.PRESERVED)
+    path = stack.places.domain("vtpm1").directory / WISH_NAME
+    return path, lambda _path: read_wish(stack.places, "vtpm1")
+
+
 def event_log(stack):
     return stack.places.event_log, read_log
 
@@ -356,6 +372,8 @@ FILES = [
     vtpm_journal,
     chip_journal,
     record,
+    last_domid,
+    wish,
     event_log,
     copied_config,
     hwtpmd_settings,
@@ -507,6 +525,30 @@ def test_killed_launcher_is_a_warning_with_the_way_back(stack, vtpm):
     assert vtpm("doctor").exit_code == 0
 
 
+@pytest.mark.parametrize(
+    ("noted", "told"),
+    [
+        (Wish.PRESERVED, "it was shut down, and is kept"),
+        (Wish.RESTART, "it is to be started again"),
+        (Wish.CRASHED, "it crashed, and is kept"),
+    ],
+)
+def test_what_is_wanted_of_a_domain_is_told(stack, noted, told):
+    note_wish(stack.places, "vtpm1", noted, "a reason")
+    found = stack.about(stack.places.domain("vtpm1").directory / WISH_NAME)
+    assert (found.state, found.why) == (State.FINE, told)
+    assert stack.problems() == {}
+
+
+def test_number_of_domids_is_told_and_missed(stack):
+    path = stack.places.registry / ".last-domid"
+    assert stack.about(path).why == str(len(ROLES))
+    path.unlink()
+    found = stack.about(path)
+    assert found.state is State.REFUSED
+    assert "gone" in found.why
+
+
 def test_dead_process_is_a_warning(stack):
     own = stack.record("vtpm1", Role.VTPM, 3)
     dead = DomainRecord(**{f: getattr(own, f) for f in own.__slots__} | {"start_time": 1})
@@ -650,6 +692,8 @@ def run_files(stack):
         places.domain("guest1").directory / FILE_NAME,
         places.registry / "vtpm1.json",
         places.registry / "launcher.lock",
+        places.registry / ".last-domid",
+        places.domain("vtpm1").directory / WISH_NAME,
         places.run / "powered",
         places.event_log,
         places.settings("vtpmmgrd"),
@@ -661,14 +705,14 @@ def run_files(stack):
 texts = st.sampled_from([b"[" * 50000, b'{"format": 1e999}', b'{"handles": [[1e999, 1]]}', b"{}"])
 
 
-@pytest.mark.parametrize("at", range(18))
+@pytest.mark.parametrize("at", range(20))
 @settings(
     max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
 def test_any_bytes_in_any_file_get_an_answer(stack, at, data):
     paths = run_files(stack)
-    assert len(paths) == 18
+    assert len(paths) == 20
     path = paths[at]
     path.touch(mode=0o600)
     good = path.read_bytes()
@@ -693,7 +737,7 @@ def test_any_bytes_in_any_file_get_an_answer(stack, at, data):
             file.write(good)
 
 
-@pytest.mark.parametrize("at", range(18))
+@pytest.mark.parametrize("at", range(20))
 @pytest.mark.parametrize("thing", ["directory", "fifo", "link"])
 def test_anything_else_in_the_place_of_a_file_gets_an_answer(stack, at, thing):
     path = run_files(stack)[at]

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from daemons.doctor.finding import State
+from daemons.doctor.under_systemd import examine_marks
 from daemons.errors import Failure
 from daemons.places import Places
 from daemons.registry import DomainRecord, Role
@@ -180,3 +182,35 @@ def test_no_domid_is_given_where_the_last_is_gone_and_a_domain_is_there(state):
         state.new_domid()
     state.writer.remove(record.name)
     assert state.new_domid() == 1
+
+
+# -- what the doctor says of the marks -------------------------------------------------------------
+
+
+def test_the_doctor_tells_the_marks_that_are_there(state):
+    assert examine_marks(state.places, "guest1") == []
+    state.set_held("guest1", is_held=True)
+    state.set_must_go_on("guest1", must=True)
+    state.count_failure("guest1", 1.0)
+    with pytest.raises(RuntimeError), state.refused_unless_done("guest1"):
+        raise RuntimeError
+    found = examine_marks(state.places, "guest1")
+    assert {finding.path.name for finding in found} == {
+        ".guest1.held",
+        ".guest1.refused",
+        ".guest1.failures",
+        ".guest1.env",
+    }
+    assert {finding.state for finding in found} == {State.FINE}
+
+
+@pytest.mark.parametrize("mark", ["held", "refused", "failures", "env"])
+@pytest.mark.parametrize("obstacle", OBSTACLES)
+def test_the_doctor_tells_what_stands_in_the_place_of_a_mark(state, obstacle, mark):
+    path = state.places.registry / f".guest1.{mark}"
+    obstacle(path)
+    (found,) = examine_marks(state.places, "guest1")
+    assert found.path == path
+    assert found.state is State.REFUSED
+    assert found.why
+    assert found.next_step

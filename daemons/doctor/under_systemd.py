@@ -1,4 +1,4 @@
-"""Directories where systemd starts the domains: each its own user's, made by vtpm-setup@NAME.
+"""Where systemd starts the domains: directories of many users, and what the units have noted.
 
 What the launcher's installation has private to one user is here split over many, so other owners
 and modes are right: those that systemd and `daemons/systemd/setting_up.py` give.
@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from daemons.doctor.finding import Finding, Subject, look_at
+from daemons.doctor.finding import Finding, State, Subject, look_at
 from daemons.errors import ExitCode, Failure
 from daemons.places import CHIP_NAME, Places
 from daemons.systemd.domain_files import MANAGER_NAME
 from daemons.systemd.registering import uid_of
+from daemons.systemd.run_state import SYSTEMD_MARKS, inspect_mark, mark_path
 from daemons.systemd.setting_up import DIRECTORY_MODE
 
 _STATE_MODE: Final = 0o700
@@ -56,6 +57,19 @@ def examine_own_directory(places: Places, name: str) -> Finding:
     directory = places.domain(name).directory
     mended_by = f"systemctl restart {unit}"
     return _examine(directory, "its run directory", name, mode=DIRECTORY_MODE, mended_by=mended_by)
+
+
+def examine_marks(places: Places, name: str) -> list[Finding]:
+    """Look at what the units have noted of a domain, or of the chip; what is not there is fine."""
+    findings = []
+    for mark, meaning in SYSTEMD_MARKS.items():
+        subject = Subject(mark_path(places.registry, name, mark), meaning)
+
+        def look(subject: Subject = subject) -> Finding:
+            return subject.fine() if inspect_mark(subject.path) else subject.absent()
+
+        findings.append(look_at(subject, look))
+    return [found for found in findings if found.state is not State.ABSENT]
 
 
 def _examine(path: Path, kind: str, owner: str | None, *, mode: int, mended_by: str) -> Finding:
