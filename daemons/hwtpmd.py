@@ -30,7 +30,7 @@ from daemons.sd_notify import Notifier
 from daemons.self_test import pass_self_test
 from daemons.service import run_daemon
 from daemons.threads import run_in_thread
-from daemons.tis_server import TisPeer, TisServer, TisSettings, serve_tis
+from daemons.tis_server import Recalled, TisPeer, TisServer, TisSettings, serve_tis
 from daemons.volatile_memory import VolatileMemory
 from hwtpm.tis_device import PendingCommand
 from protocol.constants import LOCALITY_MAX
@@ -41,6 +41,8 @@ PROGRAM: Final = "hwtpmd"
 SOCKET_NAME: Final = "tis"
 """What the socket is called when systemd passes it."""
 _REGISTERS: Final = "registers"
+_PLATFORM_PAGES: Final = "platform pages"
+"""A byte for each locality at which the platform wrote last."""
 _ANSWERED: Final = "answered"
 _SERIAL: Final = struct.Struct(">Q")
 
@@ -114,17 +116,27 @@ class Registers:
     def __init__(self, tpm: DurableTpm) -> None:
         self._tpm = tpm
 
-    def recall(self) -> tuple[bytes, int, bytes] | None:
-        """The registers, and serial and response of the last command that changed anything."""
+    def recall(self) -> Recalled | None:
+        """Give the registers, and the last command that changed anything."""
         notes = self._tpm.notes
         if _REGISTERS not in notes:
             return None
         answered = notes.get(_ANSWERED, bytes(_SERIAL.size))
-        return notes[_REGISTERS], _SERIAL.unpack_from(answered)[0], answered[_SERIAL.size :]
+        return Recalled(
+            registers=notes[_REGISTERS],
+            # An earlier version remembered none.
+            platform_pages=frozenset(notes.get(_PLATFORM_PAGES, b"")),
+            serial=_SERIAL.unpack_from(answered)[0],
+            response=answered[_SERIAL.size :],
+        )
 
-    def remember(self, registers: bytes) -> None:
-        """Keep the registers."""
-        self._tpm.remember({_REGISTERS: registers})
+    def remember(self, registers: bytes, platform_pages: frozenset[int]) -> None:
+        """Keep the registers, and at which localities the platform wrote last."""
+        notes = {_REGISTERS: registers}
+        pages = bytes(sorted(platform_pages))
+        if pages != self._tpm.notes.get(_PLATFORM_PAGES, b""):
+            notes[_PLATFORM_PAGES] = pages
+        self._tpm.remember(notes)
 
     def run(self, command: PendingCommand) -> bytes:
         """Run a command; its response is remembered with what it changed."""

@@ -7,9 +7,10 @@ everybody else: another locality can ask for the TPM, or seize it and so discard
 - A peer is admitted or refused before a byte of it is read. A page it was not granted, and a pin
   that is not its business, are refused with the reason, and logged.
 - The engine is never entered twice: commands, hash cycles and pins take one lock, in turn.
-- A connection that ends changes no register. The locality stays with its holder, a command runs to
-  its end and its response waits in the FIFO, until the same locality's next user goes on with it or
-  a higher locality seizes. That is what lets a killed driver come back and learn what happened.
+- A domain's connection that ends changes no register. The locality stays with its holder, a command
+  runs to its end and its response waits in the FIFO, until the same locality's next user goes on
+  with it or a higher locality seizes. That is what lets a killed driver come back and learn what
+  happened. What the platform held is given up: its next process has nothing to go on with.
 - What a write has changed is remembered before the next access is answered, so a killed chip comes
   back with its registers, too; bytes of a command that is not whole yet are not part of that. A
   command that was started and has no remembered response is run then.
@@ -25,9 +26,9 @@ from __future__ import annotations
 import socket
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Final, Protocol, TypeVar
+from typing import Final, NamedTuple, Protocol, TypeVar
 
 import trio
 
@@ -39,7 +40,6 @@ from daemons.listeners import Listener, PeerCredentials, set_send_timeout
 from daemons.sd_notify import NO_COMMAND
 from daemons.service import DRAIN_S, Connection, ends_with_its_peer, serve
 from hwtpm.tis_device import Interrupt, PendingCommand, State, TisDevice, TpmPort
-from hwtpm.tis_registers import Register
 from hwtpm.tis_snapshot import decode_snapshot, encode_snapshot
 from protocol import tis_messages as messages
 from protocol.tis_messages import (
@@ -82,15 +82,28 @@ class ChipPort(TpmPort, Protocol):
         """
 
 
+class Recalled(NamedTuple):
+    """What a killed process of the chip has left."""
+
+    registers: bytes
+    """As last remembered."""
+    platform_pages: frozenset[int]
+    """Localities at which the platform wrote last."""
+    serial: int
+    """Of the last command that was run."""
+    response: bytes
+    """Of that command."""
+
+
 class RegisterMemory(Protocol):
     """Where the registers outlive a killed process. Calls come from worker threads."""
 
-    def recall(self) -> tuple[bytes, int, bytes] | None:
-        """The registers as last remembered, and serial and response of the last command."""
+    def recall(self) -> Recalled | None:
+        """What a killed process has left; None when there is nothing to go on from."""
         ...
 
-    def remember(self, registers: bytes) -> None:
-        """Keep the registers."""
+    def remember(self, registers: bytes, platform_pages: frozenset[int]) -> None:
+        """Keep the registers, and at which localities the platform wrote last."""
 
     def run(self, command: PendingCommand) -> bytes:
         """Run a command; its response is remembered with what it changed."""
@@ -111,7 +124,7 @@ class ForgetfulRegisters:
         """See `RegisterMemory`."""
         return
 
-    def remember(self, registers: bytes) -> None:
+    def remember(self, registers: bytes, platform_pages: frozenset[int]) -> None:
         """See `RegisterMemory`."""
 
     def run(self, command: PendingCommand) -> bytes:
@@ -150,6 +163,9 @@ class TisSettings:
     """How long a peer may leave its answers unread, in seconds."""
     drain_s: float = DRAIN_S
     """How long a running command may take after a stop was asked for, in seconds."""
+    platform_returns_s: float = 3.0
+    """How long the platform may take to come back for a locality that it had when the chip's
+    process was killed, in seconds; then it is given up."""
 
 
 REFUSALS_LOGGED_MAX: Final = 16
@@ -166,14 +182,17 @@ async def serve_tis(
 ) -> None:
     """Serve the chip's socket until a signal; see `service.serve`."""
     settings = server.settings
-    await serve(
-        server.handle,
-        [listener],
-        drain_s=settings.drain_s,
-        connections_max=settings.connections_max + ACCEPTED_BEYOND,
-        is_alive=server.ask_engine,
-        task_status=task_status,
-    )
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(server.give_up_what_nobody_comes_back_for)
+        await serve(
+            server.handle,
+            [listener],
+            drain_s=settings.drain_s,
+            connections_max=settings.connections_max + ACCEPTED_BEYOND,
+            is_alive=server.ask_engine,
+            task_status=task_status,
+        )
+        nursery.cancel_scope.cancel()
 
 
 class TisServer:
@@ -202,7 +221,7 @@ class TisServer:
         self._wrap_socket = wrap_socket
         self.settings = settings or TisSettings()
         self._memory = memory or ForgetfulRegisters(chip)
-        self._remembered = b""
+        self._remembered: tuple[bytes, frozenset[int]] = (b"", frozenset())
         self._chip = chip
         self._admit = admit
         # Lock order: registers before engine. Who runs a command holds the engine alone.
@@ -211,7 +230,9 @@ class TisServer:
         self.device = TisDevice(_EngineInTurn(chip, self._engine))
         self._carriers: set[_Carrier] = set()
         self._askers: dict[int, _Carrier] = {}
-        """By locality, who last asked for it, or gave it up."""
+        """By locality, who wrote there last, and so asked for it, used it or gave it up."""
+        self._platform_pages: frozenset[int] = frozenset()
+        """Where that was the platform, be it under a killed process of the chip."""
         self._threads = trio.CapacityLimiter(self.settings.connections_max)
         self._per_domain: Counter[str] = Counter()
         self._recall()
@@ -286,11 +307,8 @@ class TisServer:
             asked = [page for page, asker in self._askers.items() if asker is carrier]
             for locality in asked:
                 del self._askers[locality]
-                if carrier.peer.is_platform:
-                    self.device.give_up(locality)
-            if asked and carrier.peer.is_platform:
-                self._remember()
-                self._pass_interrupts()
+            if carrier.peer.is_platform:
+                self._give_up(asked)
 
     def read(self, access: messages.Read) -> bytes:
         """Do a register read."""
@@ -300,8 +318,12 @@ class TisServer:
     def write(self, access: messages.Write, carrier: _Carrier | None = None) -> None:
         """Do a register write of a connection, if of any, and run the command that it started."""
         with self._registers:
-            if carrier is not None and access.offset in {Register.ACCESS, Register.HASH_START}:
+            if carrier is not None and self._askers.get(access.locality) is not carrier:
                 self._askers[access.locality] = carrier
+                one = {access.locality}
+                is_platform = carrier.peer.is_platform
+                pages = self._platform_pages
+                self._platform_pages = pages | one if is_platform else pages - one
             before = self.device.pending_command
             self.device.write(access.locality, access.offset, access.data)
             self._remember()
@@ -332,16 +354,38 @@ class TisServer:
         with self._engine:
             ours(lambda: self._chip.set_physical_presence(is_asserted=is_asserted))
 
+    async def give_up_what_nobody_comes_back_for(self) -> None:
+        """Give up what the platform had under a killed process of the chip, if it died, too.
+
+        Else nobody would ever: only who is connected can be seen to go.
+        """
+        if not self._platform_pages:
+            return
+        await trio.sleep(self.settings.platform_returns_s)
+        with self._registers:
+            self._give_up(self._platform_pages - self._askers.keys())
+
+    def _give_up(self, pages: Collection[int]) -> None:
+        """Leave localities that the platform had to others, with the registers locked."""
+        if not pages:
+            return
+        for locality in pages:
+            self.device.give_up(locality)
+        self._platform_pages = self._platform_pages.difference(pages)
+        self._remember()
+        self._pass_interrupts()
+
     def _recall(self) -> None:
         """Go on with the registers of a killed process."""
         recalled = self._memory.recall()
         if recalled is None:
             return
-        self._remembered, serial, response = recalled
-        self.device.restore(decode_snapshot(self._remembered))
+        self._platform_pages = recalled.platform_pages
+        self._remembered = recalled.registers, recalled.platform_pages
+        self.device.restore(decode_snapshot(recalled.registers))
         pending = self.device.pending_command
-        if pending is not None and pending.serial == serial:
-            self.device.complete(pending, response)
+        if pending is not None and pending.serial == recalled.serial:
+            self.device.complete(pending, recalled.response)
 
     def run_recalled_command(self) -> None:
         """Run the command that a killed process had started and not ended; call it once."""
@@ -352,10 +396,10 @@ class TisServer:
     def _remember(self) -> None:
         # A command that is not whole is written again by a driver that finds the chip Ready.
         if self.device.state is not State.RECEPTION:
-            registers = encode_snapshot(self.device.snapshot())
-            if registers != self._remembered:
-                self._memory.remember(registers)
-                self._remembered = registers
+            now = encode_snapshot(self.device.snapshot()), self._platform_pages
+            if now != self._remembered:
+                self._memory.remember(*now)
+                self._remembered = now
 
     def _execute(self, pending: PendingCommand) -> None:
         with self._engine:

@@ -6,7 +6,7 @@ import pytest
 
 from daemons.durable_tpm import DurableTpm
 from daemons.hwtpmd import Chip, Registers
-from daemons.tis_server import TisServer
+from daemons.tis_server import TisPeer, TisServer
 from daemons.volatile_memory import VolatileMemory
 from hwtpm.tis_device import State, TisDevice
 from hwtpm.tis_registers import Access, Register, Status
@@ -191,11 +191,72 @@ def test_without_memory_of_the_registers_the_command_is_lost(tmp_path):
     board.take()
     board.fill(EXTEND)
     board.registers.run = dies
-    board.registers.remember = lambda _registers: None
+    board.registers.remember = lambda *_: None
     with pytest.raises(Killed):
         board.go()
     board.crash()
     assert not board.status & Status.DATA_AVAIL
+
+
+# -- who had a locality, and does not come back ----------------------------------------------------
+
+
+class Peer:
+    """A connection, as far as the server looks at it."""
+
+    def __init__(self, *, is_platform):
+        self.peer = TisPeer(name="-", localities=frozenset(range(5)), is_platform=is_platform)
+
+    def interrupt(self, interrupt):
+        """Take no interrupts."""
+
+
+def ask(board, peer, locality):
+    request = messages.Write(
+        locality=locality, offset=Register.ACCESS, data=bytes([Access.REQUEST_USE])
+    )
+    board.server.write(request, peer)
+
+
+@pytest.mark.usefixtures("autojump_clock")
+@pytest.mark.parametrize(
+    ("is_platform", "comes_back", "is_kept"),
+    [(True, False, False), (True, True, True), (False, False, True)],
+    ids=["platform", "platform that comes back", "domain"],
+)
+async def test_locality_of_a_platform_that_died_with_the_chip_is_given_up(
+    board, is_platform, comes_back, is_kept
+):
+    ask(board, Peer(is_platform=is_platform), 0)
+    for _ in range(2):  # the chip may be killed again before it could give anything up
+        board.crash()
+        assert board.server.device.active_locality == 0
+    if comes_back:
+        ask(board, Peer(is_platform=True), 0)
+    await board.server.give_up_what_nobody_comes_back_for()
+    kept = 0 if is_kept else None
+    assert board.server.device.active_locality == kept
+    board.crash()
+    assert board.server.device.active_locality == kept
+    if not is_kept:  # the platform is no part of this any more
+        ask(board, Peer(is_platform=False), 0)
+        await board.server.give_up_what_nobody_comes_back_for()
+        assert board.server.device.active_locality == 0
+
+
+@pytest.mark.usefixtures("autojump_clock")
+async def test_locality_that_a_domain_has_used_since_is_its_own(board):
+    """Who is granted a locality of the platform's may find it active, and need not ask for it."""
+    ask(board, Peer(is_platform=True), LOCALITY)
+    board.crash()
+    manager = Peer(is_platform=False)
+    board.server.write(
+        messages.Write(locality=LOCALITY, offset=Register.STS, data=bytes([Status.COMMAND_READY])),
+        manager,
+    )
+    board.crash()
+    await board.server.give_up_what_nobody_comes_back_for()
+    assert board.server.device.active_locality == LOCALITY
 
 
 # -- the snapshot as bytes -------------------------------------------------------------------------
