@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -25,11 +25,12 @@ from daemons.journal import boot_id
 from daemons.launcher.last_domid import read_count
 from daemons.launcher.last_words import read_last_words
 from daemons.launcher.processes import is_alive, is_stopped, send_signal
-from daemons.launcher.ready_marks import contradictions, has_served
+from daemons.launcher.ready_marks import contradictions, has_served, note_ready
 from daemons.launcher.supervisor import Launched
 from daemons.launcher.waiting import wait_for_end
 from daemons.launcher.wishes import Noted, Wish, read_wish
 from daemons.lean_structlog import structlog
+from daemons.listeners import SOCKET_PATH_BYTES_MAX, served_paths
 from daemons.places import CHIP_NAME, Places
 from daemons.private_files import UnsafeFile, read_checked
 from daemons.registry import DomainRecord, Registry, Role
@@ -252,8 +253,12 @@ def _cannot_take_over(why: str) -> Failure:
     )
 
 
-def launched_before(places: Places, record: DomainRecord) -> Launched | None:
-    """The living process of a record, as if it had just been started; None when it is dead."""
+def living_process(places: Places, record: DomainRecord) -> Callable[[], Launched] | None:
+    """Find the living process of a record.
+
+    Returns:
+        None when it is dead; else what gives it to its supervisor as if it had just been started.
+    """
     pid, start_time = record.pid, record.start_time
     if pid is None or start_time is None or not is_alive(pid, start_time):
         return None
@@ -262,11 +267,41 @@ def launched_before(places: Places, record: DomainRecord) -> Launched | None:
         since_byte = log_path.lstat().st_size
     except OSError:
         since_byte = 0  # it is not there, or cannot be looked at: then no words are read either
-    return Launched(
-        process=AdoptedProcess(pid, start_time),
-        last_words=lambda: read_last_words(log_path, since_byte),
-        is_ready=True,
-    )
+
+    def launched() -> Launched:
+        return Launched(
+            process=AdoptedProcess(pid, start_time),
+            last_words=lambda: read_last_words(log_path, since_byte),
+            # One that was not when its launcher was killed may have no journal that the next
+            # process could go on from.
+            is_ready=_was_ready(places, record.name, record.role, pid, start_time),
+            is_standing=is_stopped(pid),
+        )
+
+    return launched
+
+
+def _was_ready(places: Places, name: str, role: Role, pid: int, start_time: int) -> bool:
+    """Whether a living process was ready, be it when no launcher could hear of it."""
+    if has_served(places, name, pid, start_time):
+        return True
+    if not _is_served(places, name, role):
+        return False
+    # What cannot be noted, because something else stands there, counts as noted (`was_ready`).
+    with contextlib.suppress(Failure):
+        note_ready(places, name, role, pid)
+    return True
+
+
+def _is_served(places: Places, name: str, role: Role) -> bool:
+    own = places.domain(name)
+    socket = {Role.HWTPM: places.tis_socket, Role.GUEST: own.tpm0}.get(role, own.ring_socket)
+    if len(os.fsencode(socket)) > SOCKET_PATH_BYTES_MAX:
+        return True  # of such a path it cannot be told, and who lives has most likely been ready
+    try:
+        return str(socket) in served_paths()
+    except OSError:
+        return True
 
 
 def what_keeps_down(
@@ -285,11 +320,6 @@ def what_keeps_down(
     if not has_served(places, record.name, pid, start_time):
         return None
     return Noted(Wish.CRASHED, "its process ended while no launcher ran")
-
-
-def is_standing(record: DomainRecord) -> bool:
-    """Whether its process was paused."""
-    return record.pid is not None and is_stopped(record.pid)
 
 
 def say_adopted(names: list[str]) -> None:

@@ -102,7 +102,7 @@ class Chip:
         self._boot_begun = 0
         self._power_cycle = 0
         self._has_power = False
-        self._launched_before: Launched | None = None
+        self._process_before: Callable[[], Launched] | None = None
         self._step = ""
 
     async def prepare(self) -> None:
@@ -184,11 +184,11 @@ class Chip:
                 continue
             await self._stack.changes.next()
 
-    async def adopt(self, launched: Launched | None) -> None:
+    async def adopt(self, process: Callable[[], Launched] | None) -> None:
         """Take over a chip that has its power.
 
         Args:
-            launched: Its process, if it lives.
+            process: Gives its process, if it lives.
 
         Raises:
             Failure: See `Firmware.adopt`.
@@ -196,7 +196,7 @@ class Chip:
         await self._firmware.adopt()
         self._has_power = True
         self._power_cycle = 1
-        self._launched_before = launched
+        self._process_before = process
         self._stack.nursery.start_soon(self.supervisor.run)
         self._stack.nursery.start_soon(self._boot_after_each_start)
         await self._stack.until(lambda: not self.is_off)
@@ -235,9 +235,9 @@ class Chip:
         self._stack.registry.remove(CHIP_NAME)
 
     async def _launch(self) -> Launched:
-        launched_before, self._launched_before = self._launched_before, None
-        if launched_before is not None:
-            return launched_before
+        process_before, self._process_before = self._process_before, None
+        if process_before is not None:
+            return process_before()
         self._firmware_failure = None
         kept = ""
         if self._has_power:

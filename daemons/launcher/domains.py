@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from functools import partial
 from uuid import UUID
 
@@ -18,8 +17,7 @@ import trio
 from daemons.errors import ExitCode, Failure
 from daemons.launcher.adoption import (
     OldStack,
-    is_standing,
-    launched_before,
+    living_process,
     say_adopted,
     say_destroyed,
     say_left,
@@ -123,7 +121,7 @@ class Domains:
             Failure: What is known of the platform cannot be read; nothing was touched.
         """
         places = self._stack.places
-        await self._chip.adopt(launched_before(places, old.chip))
+        await self._chip.adopt(living_process(places, old.chip))
         self._stack.skip_domids(old.domids_given)
         for record in old.domains:
             try:
@@ -140,7 +138,7 @@ class Domains:
 
     def _adopt(self, record: DomainRecord, config_text: str, noted: Noted | None) -> None:
         stack, config = self._stack, parse_domain(config_text, record.name)
-        process = launched_before(stack.places, record)
+        process = living_process(stack.places, record)
         kept = None
         if process is None:
             kept = what_keeps_down(stack.places, record, config.on_crash, noted)
@@ -150,8 +148,7 @@ class Domains:
             remove_directory(stack.places, record.name)
             return
         domain = self._domain_of(record, config, config_text)
-        stands = process is not None and is_standing(record)
-        first = [partial(self._first_start, domain, process, kept, is_standing=stands)]
+        first = [partial(self._first_start, domain, process, kept)]
 
         async def launch() -> Launched:
             if first:
@@ -192,16 +189,11 @@ class Domains:
         return domain
 
     async def _first_start(
-        self,
-        domain: Domain,
-        process: Launched | None,
-        kept: Noted | None,
-        *,
-        is_standing: bool,
+        self, domain: Domain, process: Callable[[], Launched] | None, kept: Noted | None
     ) -> Launched:
         """Take the place of the first start of a domain that is taken over: it is as it was."""
         if process is not None:
-            return replace(process, is_standing=is_standing)
+            return process()
         if kept is None:
             return await launch_domain(self._stack, self._chip, domain)
         if kept.wish is Wish.PRESERVED:

@@ -6,6 +6,7 @@ file that FAKE_STORY names, one JSON object a line.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -27,8 +28,11 @@ def tell(**facts: object) -> None:
 
 
 def notify(**fields: str) -> None:
-    """Send one sd_notify datagram."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier:
+    """Send one sd_notify datagram; as with a daemon, nobody needs to be there to hear it."""
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier,
+        contextlib.suppress(ConnectionRefusedError),
+    ):
         notifier.connect(os.environ["NOTIFY_SOCKET"])
         notifier.send("\n".join(f"{key}={text}" for key, text in fields.items()).encode())
 
@@ -139,6 +143,18 @@ def _ready(_root: Path, _name: str, _words: list[str]) -> int:
     return 0
 
 
+def _slow(root: Path, name: str, words: list[str]) -> int:
+    """Serve at its socket and be ready, as soon as somebody says so."""
+    while (root / "behave" / name).read_text() != "ready":
+        time.sleep(0.01)
+    path = root / "run/vtpm" / name / "ring.sock"
+    path.unlink()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as serving:
+        serving.bind(str(path))
+        serving.listen()
+        return _ready(root, name, words)
+
+
 def _fails(_root: Path, _name: str, words: list[str]) -> int:
     why = " ".join(words[1:]) or "it is upside down"
     sys.stderr.write(
@@ -181,6 +197,7 @@ BEHAVIOURS = {
     "fails": _fails,
     "fails_once": _fails_once,
     "silent": _silent,
+    "slow": _slow,
     "stubborn": _stubborn,
     "speaks_for_another": _speaks_for_another,
 }

@@ -11,7 +11,7 @@ from daemons.launcher.adoption import (
     MARKER_NAME,
     find_old_stack,
     forget_power,
-    launched_before,
+    living_process,
     note_power,
 )
 from daemons.launcher.last_words import LastWords
@@ -49,14 +49,14 @@ def a_loop(path):
 @pytest.mark.timeout(20)
 def test_process_is_taken_over_whatever_stands_in_the_place_of_its_log(places, record, make):
     make(places.log_dir / "guest1.log")
-    launched = launched_before(places, record)
+    launched = living_process(places, record)()
     assert launched.process.pid == os.getpid()
     assert launched.last_words() == LastWords()
 
 
 def test_process_is_taken_over_though_its_log_cannot_be_looked_at(places, record):
     with nobody_looks_into(places.log_dir):
-        launched = launched_before(places, record)
+        launched = living_process(places, record)()
         assert launched.process.pid == os.getpid()
         assert launched.last_words() == LastWords()
 
@@ -64,7 +64,7 @@ def test_process_is_taken_over_though_its_log_cannot_be_looked_at(places, record
 def test_only_what_it_says_from_now_on_are_its_last_words(places, record):
     log = places.log_dir / "guest1.log"
     log.write_text("a: error: old\n")
-    launched = launched_before(places, record)
+    launched = living_process(places, record)()
     assert launched.last_words() == LastWords()
     with log.open("a") as file:
         file.write("a: error: new\n")

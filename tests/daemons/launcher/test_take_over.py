@@ -12,7 +12,7 @@ from daemons.errors import ExitCode
 from daemons.launcher.last_domid import COUNTER_NAME, encode_count
 from daemons.launcher.leftovers import end_leftovers, find_leftovers
 from daemons.launcher.processes import is_alive
-from daemons.listeners import start_time_of
+from daemons.listeners import served_paths, start_time_of
 from daemons.places import CHIP_NAME
 from tests.daemons.launcher.fake_stack import (
     DEADLINE_S,
@@ -226,6 +226,28 @@ def test_process_that_was_not_ready_when_its_launcher_was_killed_has_not_crashed
     stack.behave("guest1", "ready")
     stack.start()
     stack.until_state("guest1", "running")
+
+
+@pytest.mark.parametrize("launcher_hears", [True, False])
+def test_process_that_is_not_ready_yet_is_taken_over_as_such(stack, launcher_hears):
+    stack.create(MANAGER)
+    stack.behave("vtpm-guest1", "slow")
+    with stack.sent(("create", {"config_text": VTPM, "path": "x"})):
+        stack.until(lambda: stack.names("started").count("vtpm-guest1") == 1, "it is started")
+        kill_launcher(stack)
+    pid = stack.story("started")[-1]["pid"]
+    if not launcher_hears:
+        stack.behave("vtpm-guest1", "ready")
+        socket = stack.root / "run/vtpm/vtpm-guest1/ring.sock"
+        stack.until(lambda: str(socket) in served_paths(), "it serves, and nobody hears of it")
+    stack.start()
+    if launcher_hears:
+        stack.until_state("vtpm-guest1", "starting")
+        assert not (stack.root / "run/vtpm/vtpm-guest1/ready").exists()
+        stack.behave("vtpm-guest1", "ready")
+    stack.until_state("vtpm-guest1", "running")
+    assert stack.row("vtpm-guest1")["pid"] == pid
+    stack.until((stack.root / "run/vtpm/vtpm-guest1/ready").exists, "it is noted")
 
 
 BARE_VTPM = "\n".join(line for line in VTPM.splitlines() if not line.startswith("disk="))
