@@ -38,6 +38,8 @@ CONNECT_S: Final = 5.0
 DIRECTORY_LOCK_S: Final = 5.0
 """How long to wait for a directory that others may lock too."""
 _LOCK_RETRY_S: Final = 0.02
+OUT_OF_RESOURCES: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+"""What the system lacks for one more socket; it may pass."""
 SYSTEMD_FIRST_FD: Final = 3
 """SD_LISTEN_FDS_START: the first descriptor that systemd passes."""
 
@@ -60,6 +62,10 @@ class Kind(IntEnum):
 
 class NotListening(Failure):
     """Nobody accepts connections at a path: no file, or one that a dead process has left."""
+
+
+class NotNow(Failure):
+    """A connection lacks what may be there a little later: room there, a descriptor here."""
 
 
 class AlreadyRunning(Failure):
@@ -289,9 +295,13 @@ def connect(path: Path, kind: Kind, timeout_s: float = CONNECT_S) -> socket.sock
 
     Raises:
         NotListening: There is no socket, or nobody accepts on it.
-        Failure: No permission, no socket, another kind of socket, or no room in time.
+        NotNow: No room in time, or the system has no descriptor for us.
+        Failure: No permission, no socket, or another kind of socket.
     """
-    connection = socket.socket(socket.AF_UNIX, kind)
+    try:
+        connection = socket.socket(socket.AF_UNIX, kind)
+    except OSError as error:
+        raise _connect_failure(path, error) from error
     try:
         # A time limit of Python's would make the descriptor non-blocking, and Linux answers a
         # non-blocking connect to a full backlog with EAGAIN instead of waiting.
@@ -327,6 +337,18 @@ def _timeval(seconds: float) -> bytes:
     return struct.pack("@ll", *divmod(microseconds, 1_000_000))
 
 
+_NOT_NOW: Final = dict.fromkeys(
+    OUT_OF_RESOURCES,
+    ("", "Look for a limit on descriptors or memory (ulimit -n, fs.file-max)."),
+) | {
+    errno.EAGAIN: (
+        "the daemon there is too busy to accept another connection",
+        "Try again; if it stays so, look at the daemon's log.",
+    )
+}
+"""Why, and the next step."""
+
+
 def _connect_failure(path: Path, error: OSError) -> Failure:
     what = f"cannot connect to {path}"
     if error.errno == errno.ENOENT:
@@ -350,11 +372,12 @@ def _connect_failure(path: Path, error: OSError) -> Failure:
             next_step=_who_may_connect(path),
             exit_code=ExitCode.NO_PERMISSION,
         )
-    if error.errno == errno.EAGAIN:
-        return Failure(
+    if error.errno in _NOT_NOW:
+        why, next_step = _NOT_NOW[error.errno]
+        return NotNow(
             what,
-            why="the daemon there is too busy to accept another connection",
-            next_step="Try again; if it stays so, look at the daemon's log.",
+            why=why or os.strerror(error.errno),
+            next_step=next_step,
             exit_code=ExitCode.UNAVAILABLE,
         )
     if error.errno == errno.EPROTOTYPE:

@@ -22,6 +22,7 @@ from daemons.fair_lock import FairLock
 from daemons.listeners import (
     Kind,
     NotListening,
+    NotNow,
     connect,
     set_receive_timeout,
     set_send_timeout,
@@ -175,7 +176,7 @@ class RingClient:
         while True:
             try:
                 fate = self._connect_once(deadline)
-            except (NotListening, _Dropped) as reason:
+            except (NotListening, NotNow, _Dropped) as reason:
                 if not is_waiting:
                     is_waiting = True
                     self._on_status(f"waiting for the backend at {self.path}")

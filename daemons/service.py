@@ -32,7 +32,7 @@ import trio
 from daemons import heap, log_levels, logs, standard_streams
 from daemons.errors import ExitCode, Failure
 from daemons.lean_structlog import structlog
-from daemons.listeners import Listener, PeerCredentials, peer_credentials
+from daemons.listeners import OUT_OF_RESOURCES, Listener, PeerCredentials, peer_credentials
 from daemons.sd_notify import Notifier
 from daemons.threads import NoThread, run_in_thread
 from protocol.wire import DecodeError
@@ -56,8 +56,6 @@ PEER_FAULTS: Final[tuple[type[Exception], ...]] = (
     trio.BrokenResourceError,
 )
 """What a peer can cause. No handler lets an error of these types escape from its own links."""
-
-_OUT_OF_RESOURCES: Final = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -204,7 +202,7 @@ class _Door:
             try:
                 accepted, _ = await accepting.accept()
             except OSError as error:
-                if error.errno in _OUT_OF_RESOURCES:
+                if error.errno in OUT_OF_RESOURCES:
                     structlog.get_logger().error("cannot accept", reason=error.strerror)
                     await trio.sleep(ACCEPT_RETRY_S)
                 elif error.errno != errno.ECONNABORTED:

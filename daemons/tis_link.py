@@ -24,7 +24,14 @@ from pathlib import Path
 from typing import Final, Self, TypeVar
 
 from daemons.errors import ExitCode, Failure
-from daemons.listeners import Kind, NotListening, connect, set_receive_timeout, set_send_timeout
+from daemons.listeners import (
+    Kind,
+    NotListening,
+    NotNow,
+    connect,
+    set_receive_timeout,
+    set_send_timeout,
+)
 from hwtpm.tis_driver import (
     HASH_LOCALITY,
     ChipIdentity,
@@ -759,17 +766,19 @@ class _Wire:
 
 
 def _connect(path: Path, timeout_s: float) -> socket.socket:
-    """Connect, waiting for a socket that is not there yet."""
+    """Connect, waiting for a socket that is not there yet, or for a descriptor of ours."""
     deadline_s = time.monotonic() + timeout_s
     while True:
         try:
             return connect(path, Kind.SEQPACKET, timeout_s)
-        except NotListening as missing:
+        except (NotListening, NotNow) as missing:
             if time.monotonic() >= deadline_s:
                 raise ChipMissing(
                     f"cannot reach the hardware TPM at {path}",
                     why=f"{missing.why}, after waiting {timeout_s:g} s",
-                    next_step="Start the stack with: vtpm up",
+                    next_step="Start the stack with: vtpm up"
+                    if isinstance(missing, NotListening)
+                    else missing.next_step,
                     exit_code=ExitCode.UNAVAILABLE,
                 ) from missing
         time.sleep(CONNECT_RETRY_S)

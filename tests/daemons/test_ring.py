@@ -1,5 +1,6 @@
 """Rings over real sockets: one command at a time, exactly once, and peers that misbehave."""
 
+import errno
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 from uuid import UUID
 
 import pytest
@@ -385,6 +387,24 @@ async def test_frontend_waits_for_its_backend_and_says_so(harness):
             assert await blocking(client.exchange, b"x") == b"x"
     assert said[0].startswith("waiting for the backend at")
     assert said[1].startswith("connected to the backend at")
+
+
+async def test_frontend_without_a_descriptor_waits_for_one(harness, monkeypatch):
+    connected, lacks = ring_client.connect, iter([errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+
+    def connect_in_want(*arguments, **options):
+        with monkeypatch.context() as patch:
+            if (lack := next(lacks, None)) is not None:
+                refused = OSError(lack, os.strerror(lack))
+                patch.setattr(socket, "socket", Mock(side_effect=refused))
+            return connected(*arguments, **options)
+
+    async with harness.serving():
+        client = await harness.connected()
+        monkeypatch.setattr(ring_client, "connect", connect_in_want)
+        harness.cut()
+        assert await blocking(client.exchange, b"x") == b"x"
+    assert [call[3] for call in harness.backend.executed] == [b"x"]
 
 
 async def test_frontend_gives_up_with_a_reason(harness):
