@@ -138,8 +138,9 @@ class RingClient:
         self._on_status = on_status or (lambda _: None)
         self._ring = FrontendRing(handle, may_forget=may_forget)
         self._connection: socket.socket | None = None
+        self._opening: socket.socket | None = None  # the connection that is in its handshake
         self._turn = FairLock()
-        self._guard = threading.Lock()  # of _ring and _connection, against cancel and close
+        self._guard = threading.Lock()  # of _ring and connections, against cancel and close
         self._closed = threading.Event()
         self._is_exchanging = False
         self._is_cancel_wanted = False
@@ -198,6 +199,7 @@ class RingClient:
             self.path, Kind.SEQPACKET, timeout_s=max(0.001, deadline - time.monotonic())
         )
         try:
+            self._begin(connection)
             fate = self._handshake(connection, deadline)
             set_receive_timeout(connection, ANSWER_S)
             self._keep(connection)
@@ -207,7 +209,16 @@ class RingClient:
         except BaseException:
             connection.close()
             raise
+        finally:
+            self._opening = None
         return fate
+
+    def _begin(self, connection: socket.socket) -> None:
+        """Let `close` end the handshake: who is stopped, or still starts, may say nothing in it."""
+        with self._guard:
+            if self._closed.is_set():
+                raise self._lost("this client was closed")
+            self._opening = connection
 
     def _keep(self, connection: socket.socket) -> None:
         with self._guard:
@@ -419,9 +430,9 @@ class RingClient:
         self._closed.set()
         if not self._turn.try_acquire():
             with self._guard:
-                if self._connection is not None:
+                for connection in filter(None, (self._connection, self._opening)):
                     with contextlib.suppress(OSError):
-                        self._connection.shutdown(socket.SHUT_RDWR)
+                        connection.shutdown(socket.SHUT_RDWR)
             return
         try:
             if self._connection is not None:

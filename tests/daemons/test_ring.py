@@ -590,6 +590,29 @@ async def test_close_ends_a_waiting_exchange(harness):
             await blocking(client.exchange, b"x")
 
 
+@pytest.mark.parametrize("is_exchanging", [False, True], ids=["connect", "exchange"])
+async def test_close_ends_a_handshake_that_nobody_answers(harness, is_exchanging):
+    client = harness.client(reconnect_s=10 * WAIT_S)
+    if is_exchanging:
+        async with harness.serving() as stop:
+            await blocking(client.connect, WAIT_S)
+            await stop()
+    # As systemd does it while the daemon starts: the kernel takes connections, nobody answers.
+    with listen(harness.path, Kind.SEQPACKET) as silent:
+        waits = (client.exchange, b"x") if is_exchanging else (client.connect, 10 * WAIT_S)
+
+        async def wait():
+            with pytest.raises(RingLost, match="closed"):
+                await blocking(*waits)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wait)
+            mute, _ = await trio.to_thread.run_sync(silent.socket.accept)
+            with mute:
+                await blocking(client.close)
+                await blocking(mute.recv, 1)
+
+
 async def executed_and_lost(harness, client, request):
     """Send a request that is executed while its frontend dies; what it was sent under."""
     sent = []
