@@ -131,6 +131,13 @@ def _peer_start_time(connection: socket.socket, pid: int) -> int | None:
         os.close(pidfd)
 
 
+def has_hung_up(connection: socket.socket) -> bool:
+    """Look whether the other end was closed, which it is when its process has ended."""
+    poll = select.poll()
+    poll.register(connection, 0)
+    return any(event & select.POLLHUP for _, event in poll.poll(0))
+
+
 # -- directories and addresses -------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ to the backend.
 - A response is stored before it is sent, so a frontend that comes back gets it, not a second run.
 - A frontend that is slow, idle, half-open or gone costs only itself. Work it has queued is dropped.
 - A new connection of a ring takes the place of the old one, after the command that runs has ended.
+- A frontend that is gone has let go before another one is taken.
 - Whatever the backend raises is ours: it leaves through `handle` and stops the daemon.
 """
 
@@ -34,6 +35,7 @@ from daemons.lean_structlog import structlog
 from daemons.listeners import (
     Listener,
     PeerCredentials,
+    has_hung_up,
     set_receive_timeout,
     set_send_timeout,
 )
@@ -312,6 +314,7 @@ class RingServer:
         if not isinstance(event, FrontendReady):
             raise ConnectionAbortedError("the frontend left in the handshake")
         peer = replace(peer, device=_device(peer, event.handle))
+        await self._gone_have_let_go()
         while (predecessor := self._carriers.get(peer.ring_id)) is not None:
             stop_taking(predecessor.raw)
             await predecessor.ended.wait()
@@ -323,6 +326,14 @@ class RingServer:
         carrier = _Carrier(raw, ring, peer, self._behind)
         self._carriers[peer.ring_id] = carrier
         return carrier
+
+    async def _gone_have_let_go(self) -> None:
+        """Wait for the ends of rings whose frontends are gone: the backend has them for connected.
+
+        It costs no time: these are commands that run, and the turn would be waited for as well.
+        """
+        for carrier in [each for each in self._carriers.values() if has_hung_up(each.raw)]:
+            await carrier.ended.wait()
 
     async def _carry(self, connection: Connection, carrier: _Carrier) -> None:
         """Give the ring to a worker thread, and end it when the daemon stops."""

@@ -1189,6 +1189,30 @@ async def test_new_connection_of_a_ring_takes_the_place_of_the_old_one(harness):
     assert [call[1] for call in harness.backend.executed] == [1, 2]
 
 
+async def test_frontend_that_is_gone_has_let_go_before_another_domain_is_taken(harness):
+    gate = harness.backend.on_execute = Gate()
+
+    def one_machine_at_a_time(peer):  # as a vTPM has it
+        has_let_go = ("detached", "guest1/0") in harness.backend.calls
+        if peer.domain.name == "guest2" and not has_let_go:
+            raise Refused("this is the TPM of guest1")
+
+    harness.backend.on_attach = one_machine_at_a_time
+    async with harness.serving():
+        with RawFrontend(harness.path) as killed:
+            await killed.attach()
+            await killed.socket.send(killed.ring.submit(b"hold"))
+            await eventually(gate.is_reached.is_set)
+        harness.next_domain = "guest2"
+        with RawFrontend(harness.path) as next_one:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(next_one.attach)
+                await trio.testing.wait_all_tasks_blocked()
+                gate.is_open.set()
+            await next_one.socket.send(next_one.ring.submit(b"x"))
+            assert await next_one.receive() == Finished(1, b"x")
+
+
 async def test_descriptors_and_threads_stay_flat_over_many_connections(harness):
     async with harness.serving():
         counts = []
