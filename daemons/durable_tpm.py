@@ -207,22 +207,33 @@ class DurableTpm:
         if self._memory is not None:
             self._memory.forget()
 
-    def power_on_and_start(self, startup_type: StartupType = StartupType.CLEAR) -> None:
+    def power_on_and_start(
+        self, startup_type: StartupType = StartupType.CLEAR, notes: Notes = NO_NOTES
+    ) -> None:
         """TPM_Init and TPM_Startup, as a platform's firmware does.
+
+        Args:
+            startup_type: Of TPM_Startup.
+            notes: What to remember once it has started, and not before.
 
         Raises:
             Failure: The TPM did not start.
         """
         self.power_on()
-        self.start(startup_type)
+        self.start(startup_type, notes)
 
-    def start(self, startup_type: StartupType = StartupType.CLEAR) -> None:
-        """TPM_Startup.
+    def start(self, startup_type: StartupType = StartupType.CLEAR, notes: Notes = NO_NOTES) -> None:
+        """TPM_Startup; arguments as for `power_on_and_start`.
 
         Raises:
             Failure: The TPM did not start.
         """
-        response = self.execute(_command(Ordinal.STARTUP, startup_type.to_bytes(2, "big")), 0)
+
+        def once_started(response: bytes) -> Notes:
+            return NO_NOTES if response[6:10] != bytes(4) else notes
+
+        command = _command(Ordinal.STARTUP, startup_type.to_bytes(2, "big"))
+        response = self.execute(command, 0, once_started)
         if response[6:10] != bytes(4):
             code = ReturnCode(int.from_bytes(response[6:10], "big"))
             raise Failure(

@@ -37,10 +37,9 @@ from daemons.vtpm.image import VtpmImage
 from daemons.vtpm.manager_link import ManagerLink
 from daemons.vtpm.passed_on import finish_passing_on
 from daemons.vtpm.remembered_responses import remembered_responses
-from daemons.xl.domain_arguments import StartupType as StartupArgument
+from daemons.vtpm.starting import reset, start
 from daemons.xl.domain_arguments import VtpmArguments
 from daemons.xl.domain_config import STATE_DISK, DomainConfig, read_domain
-from protocol.constants import StartupType
 from tpm12.profile import VTPM
 
 PROGRAM: Final = "vtpmd"
@@ -50,9 +49,6 @@ MANAGER_WAIT_S: Final = 24 * 3600.0
 """How long a vTPM waits for its manager; whoever started it sees what it waits for."""
 
 T = TypeVar("T")
-
-_STARTED: Final = "started"
-"""Note: b"1" when all of `_start` was done; a process that is killed within begins it again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,12 +96,11 @@ async def _run(options: DomainOptions) -> None:
         open_tpm = partial(_open_tpm, places, config, own, manager, notifier, hooks=hooks)
         tpm = await _in_thread(partial(open_tpm, must_go_on=options.must_go_on))
         await _in_thread(partial(finish_passing_on, tpm, manager))
-        if tpm.notes.get(_STARTED) != b"1":
-            await _in_thread(partial(_start, tpm, arguments, manager, is_first=True))
+        await _in_thread(partial(start, tpm, arguments, manager))
         backend = VtpmBackend(
             tpm,
             manager,
-            start=partial(_start, tpm, arguments, manager),
+            start=partial(reset, tpm, arguments, manager),
             locality_rules=arguments.locality_rules,
         )
         ring_socket = places.domain(own.name).ring_socket
@@ -174,31 +169,6 @@ def _open_tpm(  # noqa: PLR0913 - one caller
     notifier.status("testing itself")
     pass_self_test(tpm.state.permanent, VTPM, commands)
     return tpm
-
-
-_STARTUP_TYPES: Final = {
-    StartupArgument.CLEAR: StartupType.CLEAR,
-    StartupArgument.SAVE: StartupType.STATE,
-    StartupArgument.DEACTIVATED: StartupType.DEACTIVATED,
-}
-
-
-def _start(
-    tpm: DurableTpm, arguments: VtpmArguments, manager: ManagerLink, *, is_first: bool = False
-) -> None:
-    """TPM_Init and the TPM_Startup that was asked for; then the hardware's PCRs, if asked for.
-
-    Saved state is for the start of the vTPM; a guest that reboots gets cleared PCRs.
-    """
-    startup_type = _STARTUP_TYPES[arguments.startup]
-    if startup_type is StartupType.STATE and not is_first:
-        startup_type = StartupType.CLEAR
-    tpm.remember({_STARTED: b"0"})
-    tpm.power_on_and_start(startup_type)
-    wanted = sorted(arguments.hardware_init_pcrs)
-    if wanted:
-        tpm.preset_pcrs({index: manager.hardware_pcr(index) for index in wanted})
-    tpm.remember({_STARTED: b"1"})
 
 
 def _admit(
