@@ -355,15 +355,12 @@ class RingClient:
         self, request: bytes, locality: int, before_send: BeforeSend | None = None
     ) -> bytes:
         """Submit, or resubmit what is outstanding, and wait for the answer on this connection."""
-        ring = self._ring
         with self._guard:
             connection = self._connection
             if connection is None:
                 raise _NotSent("the connection was closed")
-            is_new = ring.outstanding is None
-            message = ring.submit(request, locality) if is_new else ring.resubmit()
-            if before_send is not None:
-                before_send(Sent(ring.memory, ring.sequence))
+            message = self._submitted(request, locality)
+            self._tell(before_send, connection)
             try:
                 connection.send(message)
             except OSError as error:
@@ -383,6 +380,21 @@ class RingClient:
                 return event.packet
             if event is not None:
                 raise self._no_response(event)
+
+    def _submitted(self, request: bytes, locality: int) -> bytes:
+        ring = self._ring
+        return ring.submit(request, locality) if ring.outstanding is None else ring.resubmit()
+
+    def _tell(self, before_send: BeforeSend | None, connection: socket.socket) -> None:
+        """Call `before_send`; the guard is ours."""
+        try:
+            if before_send is not None:
+                before_send(Sent(self._ring.memory, self._ring.sequence))
+        except BaseException:
+            # The request is on our page and not on the ring: the next one finds a page as new.
+            self._connection = None
+            connection.close()
+            raise
 
     def _no_response(self, event: object) -> Exception:
         if isinstance(event, Cancelled):

@@ -649,6 +649,19 @@ async def test_frontend_is_told_under_what_its_request_goes_out(harness):
     assert sent == [Sent(harness.responses.memory, 2)]
 
 
+async def test_request_that_could_not_be_noted_is_not_sent_and_the_next_one_is(harness):
+    def disk_full(_sent):
+        raise Failure("no room", why="told to", next_step="none")
+
+    async with harness.serving():
+        client = await harness.connected()
+        for _ in range(2):
+            with pytest.raises(Failure, match="no room"):
+                await blocking(partial(client.exchange, b"never", before_send=disk_full))
+        assert await blocking(client.exchange, b"x") == b"x"
+    assert [call[3] for call in harness.backend.executed] == [b"x"]
+
+
 async def test_next_process_of_a_frontend_gets_the_response_of_what_was_executed(harness):
     async with harness.serving():
         client = await harness.connected()
