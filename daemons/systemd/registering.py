@@ -164,10 +164,16 @@ def forget(places: Places, name: str, role: Role, ending: Ending) -> None:
 
 
 def _is_final(state: RunState, name: str, ending: Ending) -> bool:
-    """Tell whether another start would end as this one has. Who was killed has not failed."""
+    """Tell whether another start would end as this one has. Who was killed has not failed.
+
+    Nor has he who was killed in front of his process, or waited there too long for the platform's
+    power: that leaves the mark of a refusal, too.
+    """
+    if ending.result != EXIT_CODE:
+        return False
     if state.is_refused(name):
         return True
-    if ending.result != EXIT_CODE or ending.code != EXITED:
+    if ending.code != EXITED:
         return False
     if ending.status in FINAL_STATUSES:
         return True

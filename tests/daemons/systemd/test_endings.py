@@ -82,6 +82,25 @@ def test_who_was_refused_before_the_process_began_gives_up(places, given_up):
     assert given_up == ["vtpm-guest@guest1"]
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"result": "signal", "code": "killed", "status": "KILL"},
+        {"result": "timeout", "code": "killed", "status": "TERM"},
+    ],
+)
+def test_who_was_killed_before_the_process_began_was_not_refused(places, given_up, how):
+    # What is in front of the manager waits for the platform's power, for one.
+    class Killed(BaseException):
+        pass
+
+    with pytest.raises(Killed), RunState(places).refused_unless_done("guest1"):
+        raise Killed
+    assert RunState(places).is_refused("guest1"), "the mark is as a kill leaves it"
+    end(places, **how)
+    assert not given_up
+
+
 def test_who_was_let_in_was_not_refused(places, given_up):
     with RunState(places).refused_unless_done("guest1"):
         pass
