@@ -6,7 +6,12 @@ of ours.
 
 from __future__ import annotations
 
+import errno
 from enum import IntEnum
+from typing import Final
+
+OUT_OF_RESOURCES: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+"""What the system lacks for one more file or socket; it may pass."""
 
 
 class ExitCode(IntEnum):
@@ -47,3 +52,7 @@ class Failure(Exception):  # noqa: N818 - it is no error of the program
 
     def __str__(self) -> str:
         return f"{self.what}: {self.why}. {self.next_step}"
+
+
+class NotNow(Failure):
+    """What is lacking may be there a little later: room at a peer, a descriptor of our own."""

@@ -27,7 +27,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Final, Self
 
-from daemons.errors import ExitCode, Failure
+from daemons.errors import OUT_OF_RESOURCES, ExitCode, Failure, NotNow
 
 SOCKET_PATH_BYTES_MAX: Final = 107
 """`sun_path` has 108 bytes, one of them for the terminating zero."""
@@ -38,8 +38,6 @@ CONNECT_S: Final = 5.0
 DIRECTORY_LOCK_S: Final = 5.0
 """How long to wait for a directory that others may lock too."""
 _LOCK_RETRY_S: Final = 0.02
-OUT_OF_RESOURCES: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
-"""What the system lacks for one more socket; it may pass."""
 SYSTEMD_FIRST_FD: Final = 3
 """SD_LISTEN_FDS_START: the first descriptor that systemd passes."""
 
@@ -62,10 +60,6 @@ class Kind(IntEnum):
 
 class NotListening(Failure):
     """Nobody accepts connections at a path: no file, or one that a dead process has left."""
-
-
-class NotNow(Failure):
-    """A connection lacks what may be there a little later: room there, a descriptor here."""
 
 
 class AlreadyRunning(Failure):

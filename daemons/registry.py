@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 from uuid import UUID
 
-from daemons.errors import ExitCode, Failure
+from daemons.errors import OUT_OF_RESOURCES, ExitCode, Failure, NotNow
 from daemons.labels import Label
 from daemons.places import BadPlace, check_domain_name
 
@@ -133,6 +133,7 @@ class Registry:
         Raises:
             UnknownPeer: no domain is this process, or two are.
             DamagedRegistry: the directory cannot be believed.
+            NotNow: it cannot be told for now, for want of a descriptor.
         """
         found: list[DomainRecord] = []
         unreadable = 0
@@ -202,7 +203,7 @@ class Registry:
         except FileNotFoundError:
             return
         except OSError as error:
-            raise _damaged(self._directory, os.strerror(error.errno or 0)) from error
+            raise _unread(self._directory, error) from error
         try:
             _check_owner(os.fstat(directory), self._directory)
             # A descriptor, not a path: the directory cannot be swapped between check and reading.
@@ -226,7 +227,7 @@ class Registry:
         try:
             return os.listdir(directory)
         except OSError as error:
-            raise _damaged(self._directory, os.strerror(error.errno or 0)) from error
+            raise _unread(self._directory, error) from error
 
     def _read(self, directory: int, name: str) -> _Read:
         path = self._directory / name
@@ -238,9 +239,7 @@ class Registry:
         except FileNotFoundError:
             raise
         except OSError as error:
-            raise _damaged(
-                path, f"it cannot be opened ({os.strerror(error.errno or 0)})"
-            ) from error
+            raise _unread(path, error, "it cannot be opened ({})") from error
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
@@ -507,6 +506,19 @@ def _check_owner(status: os.stat_result, path: Path) -> None:
         )
     if status.st_mode & 0o022:
         raise _damaged(path, f"its mode {stat.S_IMODE(status.st_mode):04o} lets others write to it")
+
+
+def _unread(path: Path, error: OSError, why: str = "{}") -> Failure:
+    """What to raise of a file that cannot be opened: it may be us who lack something."""
+    reason = os.strerror(error.errno or 0)
+    if error.errno not in OUT_OF_RESOURCES:
+        return _damaged(path, why.format(reason))
+    return NotNow(
+        f"cannot look into the registry entry {path}",
+        why=reason,
+        next_step="Look for a limit on descriptors or memory (ulimit -n, fs.file-max)",
+        exit_code=ExitCode.UNAVAILABLE,
+    )
 
 
 def _damaged(path: Path | None, why: str) -> DamagedRegistry:

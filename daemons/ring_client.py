@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Final, NamedTuple, Self
 from uuid import UUID
 
-from daemons.errors import ExitCode, Failure
+from daemons.errors import ExitCode, Failure, NotNow
 from daemons.fair_lock import FairLock
 from daemons.listeners import (
     Kind,
     NotListening,
-    NotNow,
     connect,
     set_receive_timeout,
     set_send_timeout,

@@ -29,7 +29,7 @@ import trio
 
 from daemons import command_log
 from daemons.carrying import carry, ours, stop_taking
-from daemons.errors import Failure
+from daemons.errors import Failure, NotNow
 from daemons.fair_lock import FairLock
 from daemons.lean_structlog import structlog
 from daemons.listeners import (
@@ -268,6 +268,10 @@ class RingServer:
         ring = BackendRing()
         try:
             peer = replace(self._admit(connection.peer), connection_id=connection.connection_id)
+        except NotNow as lack:
+            # Who is refused does not come again; who finds his connection ended does.
+            structlog.get_logger().error("cannot serve a connection", reason=str(lack))
+            return
         except (Refused, Failure) as refusal:
             await _refuse(connection, ring, refusal)
             return

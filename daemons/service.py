@@ -30,9 +30,9 @@ from typing import Any, Final, ParamSpec, cast
 import trio
 
 from daemons import heap, log_levels, logs, standard_streams
-from daemons.errors import ExitCode, Failure
+from daemons.errors import OUT_OF_RESOURCES, ExitCode, Failure
 from daemons.lean_structlog import structlog
-from daemons.listeners import OUT_OF_RESOURCES, Listener, PeerCredentials, peer_credentials
+from daemons.listeners import Listener, PeerCredentials, peer_credentials
 from daemons.sd_notify import Notifier
 from daemons.threads import NoThread, run_in_thread
 from protocol.wire import DecodeError

@@ -23,15 +23,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final, Self, TypeVar
 
-from daemons.errors import ExitCode, Failure
-from daemons.listeners import (
-    Kind,
-    NotListening,
-    NotNow,
-    connect,
-    set_receive_timeout,
-    set_send_timeout,
-)
+from daemons.errors import ExitCode, Failure, NotNow
+from daemons.listeners import Kind, NotListening, connect, set_receive_timeout, set_send_timeout
 from hwtpm.tis_driver import (
     HASH_LOCALITY,
     ChipIdentity,

@@ -33,7 +33,7 @@ from typing import Final, NamedTuple, Protocol, TypeVar
 import trio
 
 from daemons.carrying import carry, ours
-from daemons.errors import Failure
+from daemons.errors import Failure, NotNow
 from daemons.fair_lock import FairLock
 from daemons.lean_structlog import structlog
 from daemons.listeners import Listener, PeerCredentials, set_send_timeout
@@ -245,6 +245,10 @@ class TisServer:
         )
         try:
             peer = self._admit(connection.peer)
+        except NotNow as lack:
+            # Who is refused does not come again; who finds his connection ended does.
+            log.warning("cannot serve a connection", reason=str(lack))
+            return
         except Failure as failure:
             log.info("peer refused", reason=str(failure))
             await _refuse(connection, RefusedReason.UNKNOWN_PEER, failure.what)

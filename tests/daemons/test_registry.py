@@ -4,13 +4,14 @@ import errno
 import json
 import os
 from dataclasses import dataclass, replace
+from functools import partial
 from uuid import UUID
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemons.errors import ExitCode
+from daemons.errors import ExitCode, NotNow
 from daemons.labels import LABEL_CHARACTERS_MAX
 from daemons.places import BadPlace, Places
 from daemons.registry import (
@@ -359,3 +360,22 @@ def test_decode_any_bytes_give_a_record_or_the_named_error(content):
         told = str(record)
         assert decode_record(encode_record(record)) == record
     assert told.isprintable()
+
+
+@pytest.mark.parametrize("lack", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+@pytest.mark.parametrize("is_file", [False, True], ids=["directory", "file"])
+def test_want_of_a_descriptor_is_no_damage(directory, registry, monkeypatch, lack, is_file):
+    RegistryWriter(directory).put(VTPM)
+    opened = os.open
+
+    def open_in_want(path, *arguments, dir_fd=None, **options):
+        if (path == directory) is not is_file:
+            raise OSError(lack, os.strerror(lack))
+        return opened(path, *arguments, dir_fd=dir_fd, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", open_in_want)
+        for look in (partial(registry.lookup, Peer()), partial(registry.get, VTPM.name)):
+            with pytest.raises(NotNow, match=os.strerror(lack)):
+                look()
+    assert registry.lookup(Peer()) == VTPM

@@ -19,7 +19,7 @@ import trio
 import trio.testing
 
 from daemons import ring_client
-from daemons.errors import Failure
+from daemons.errors import Failure, NotNow
 from daemons.fair_lock import FairLock
 from daemons.listeners import Kind, connect, listen
 from daemons.registry import DomainRecord, Role, UnknownPeer, VtpmDevice
@@ -322,6 +322,22 @@ async def test_refused_peer_is_told_why_before_it_says_anything(harness, refusal
         with pytest.raises(RingRefused, match=reason):
             await harness.connected()
     assert harness.backend.calls == []
+
+
+async def test_peer_that_cannot_be_looked_up_for_now_is_not_refused(harness):
+    lacks = iter([errno.EMFILE, errno.ENFILE])
+    lookup = harness.admit
+
+    def look_up_in_want(credentials):
+        if (lack := next(lacks, None)) is not None:
+            raise NotNow("lookup", why=os.strerror(lack), next_step="none")
+        return lookup(credentials)
+
+    harness.admit = look_up_in_want
+    async with harness.serving():
+        client = await harness.connected()
+        assert await blocking(client.exchange, b"x") == b"x"
+    assert next(lacks, None) is None
 
 
 async def test_backend_may_refuse_at_attach(harness):
