@@ -112,6 +112,7 @@ class RingBackend(Protocol):
 
         Raises:
             Refused: The frontend is told the reason and closed.
+            NotNow: It is closed without a word, which makes it try again.
         """
 
     def execute(self, peer: RingPeer, request: bytes, locality: int, sequence: int) -> bytes:
@@ -434,6 +435,9 @@ class _Carrier:
             except Refused as refusal:
                 _log(self.peer).info("frontend refused", reason=refusal.reason)
                 self._send(self._ring.refuse(refusal.reason))
+                return
+            except NotNow as lack:
+                _log(self.peer).warning("frontend not taken for now", reason=str(lack))
                 return
             last_sequence = ours(lambda: self._responses.last_sequence(self.peer.ring_id))
         is_farewell = False

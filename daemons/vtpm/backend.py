@@ -21,9 +21,10 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from daemons.durable_tpm import DurableTpm
-from daemons.errors import Failure
+from daemons.errors import Failure, NotNow
 from daemons.lean_structlog import structlog
 from daemons.policy import LocalityRule, claimable_localities
+from daemons.ring_client import RingLost
 from daemons.ring_server import Refused, RingPeer
 from daemons.vtpm.manager_link import ManagerLink, changes_nothing
 from daemons.vtpm.passed_on import PassedOn, pass_on
@@ -71,6 +72,7 @@ class VtpmBackend:
 
         Raises:
             Refused: The TPM does not start.
+            NotNow: The manager is away, without which it does not.
         """
         name = peer.domain.name
         others = {other for other in self._connected.values() if other != name}
@@ -82,6 +84,13 @@ class VtpmBackend:
             structlog.get_logger().info("the guest was started anew: resetting its TPM", guest=name)
             try:
                 self._start()
+            except RingLost as lost:  # the manager, which has PCRs to begin with: it comes back
+                raise NotNow(
+                    f"{name} is not taken for now",
+                    why=f"its TPM cannot be started anew: {lost.what}: {lost.why}",
+                    next_step=lost.next_step,
+                    exit_code=lost.exit_code,
+                ) from lost
             except Failure as failure:
                 raise Refused(f"{failure.what}: {failure.why}") from failure
         if served != boot:

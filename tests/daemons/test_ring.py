@@ -351,6 +351,21 @@ async def test_backend_may_refuse_at_attach(harness):
     assert harness.backend.calls == []
 
 
+async def test_frontend_comes_again_to_a_backend_that_cannot_take_it_for_now(harness):
+    lacks = iter(range(2))
+
+    def lack(_peer):
+        if next(lacks, None) is not None:
+            raise NotNow("attach", why="told to", next_step="none")
+
+    harness.backend.on_attach = lack
+    async with harness.serving():
+        client = await harness.connected()
+        assert await blocking(client.exchange, b"x") == b"x"
+    assert harness.backend.calls.count(("attached", "guest1/0")) == 1
+    assert harness.backend.calls.count(("detached", "guest1/0")) == 1
+
+
 @pytest.mark.parametrize("handle", [2, 3])
 async def test_device_of_another_backend_or_none_is_refused(harness, handle):
     async with harness.serving():

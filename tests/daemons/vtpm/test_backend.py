@@ -5,10 +5,10 @@ from uuid import UUID
 import pytest
 
 from daemons.durable_tpm import DurableTpm
-from daemons.errors import Failure
+from daemons.errors import Failure, NotNow
 from daemons.policy import LocalityRule
 from daemons.registry import DomainRecord, Role, VtpmDevice
-from daemons.ring_client import Sent
+from daemons.ring_client import RingForgotten, RingLost, Sent
 from daemons.ring_server import Refused, RingPeer
 from daemons.vtpm.backend import VtpmBackend
 from daemons.vtpm.manager_link import ManagerLink
@@ -121,17 +121,23 @@ def test_another_guest_finds_no_trace_of_the_one_before(backend):
     assert is_clean(backend, peer(name="other", domid=9, connection_id=2))
 
 
-def test_a_tpm_that_does_not_start_again_takes_no_frontend(manager):
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [(Failure, Refused), (RingLost, NotNow), (RingForgotten, NotNow)],
+    ids=["refused", "manager away", "manager rebooted"],
+)
+def test_a_tpm_that_does_not_start_again_takes_no_frontend(manager, kind, told):
     def failing():
-        raise Failure("the TPM did not start", why="told to", next_step="none")
+        raise kind("the TPM did not start", why="told to", next_step="none")
 
     tpm = DurableTpm(Store(), profile=VTPM, commands=ALL)
     tpm.power_on_and_start()
     backend = VtpmBackend(tpm, ManagerLink(manager), start=failing)
     backend.attached(peer())
     backend.detached(peer())
-    with pytest.raises(Refused, match="did not start"):
-        backend.attached(peer(domid=6, connection_id=2))
+    for connection_id in (2, 3):
+        with pytest.raises(told, match="did not start"):
+            backend.attached(peer(domid=6, connection_id=connection_id))
 
 
 @pytest.mark.parametrize("locality", [1, 2, 3, 4, 5, 8, 255])
