@@ -539,11 +539,15 @@ class FrontendRing:
         return publication(state, keys)
 
     def submit(self, packet: bytes, locality: int = 0) -> bytes:
-        """Put a new request on the page (SUBMIT)."""
+        """Put a new request on the page (SUBMIT).
+
+        Raises:
+            RingError: The backend said that no number is left; nobody gets there by counting.
+        """
         if self.outstanding is not None:
             raise RingMisuseError("a request is outstanding")
         if self._sequence >= SEQUENCE_MAX:
-            raise RingMisuseError("sequence numbers are used up")
+            raise RingError("it says that all sequence numbers are used up")
         if not self.is_attached or self._page not in _FREE or len(packet) > PACKET_BYTES_MAX:
             self._set_page(PageState.SUBMIT, locality, packet)  # says what is wrong
         sequence = self._sequence + 1

@@ -44,6 +44,7 @@ from daemons.ring_server import (
 from daemons.service import serve
 from protocol.tpmif import (
     MESSAGE_BYTES_MAX,
+    SEQUENCE_MAX,
     BackendConnected,
     BackendWaiting,
     Finished,
@@ -598,6 +599,19 @@ async def test_backend_that_sends_garbage_is_left_with_a_reason(harness, garbage
         with pytest.raises(RingLost):
             await blocking(harness.client().connect, 0.1)
         nursery.cancel_scope.cancel()
+
+
+async def test_backend_that_says_all_numbers_are_used_up_is_left_with_a_reason(harness):
+    class UsedUp(ResponsesInMemory):
+        def last_sequence(self, _ring_id):
+            return SEQUENCE_MAX
+
+    harness.responses = UsedUp()
+    async with harness.serving():
+        client = await harness.connected()
+        with pytest.raises(RingLost, match="times during this request"):
+            await blocking(client.exchange, b"x")
+    assert harness.backend.executed == []
 
 
 async def test_close_ends_a_waiting_exchange(harness):
