@@ -17,7 +17,8 @@ Invariants:
 - State and notes of one record take effect together, or not at all.
 - A prepared record that a change follows has taken effect; its store said so.
 - Volatile state goes on only beside the permanent state that it had: an older copy of the store
-  that took its place is refused. After a save that failed either state may be found.
+  that took its place is refused. After a save that failed either state may be found; if it is the
+  new one and nothing came after it, all that goes with it is found, too.
 - Threads may write notes while another one runs a command.
 """
 
@@ -261,17 +262,19 @@ def _replayed(records: list[bytes], permanent: Permanent) -> Remembered:
     """
     found: Remembered | None = None
     prepared: bytes | None = None
+    doubtful: bytes | None = None  # dropped last, and perhaps stored all the same
     for record in records:
         kind = record[:1]
         if kind == _SNAPSHOT:
-            found, prepared = _whole(record), None
+            found, prepared, doubtful = _whole(record), None, None
         elif found is None or kind not in {_CHANGED, _PREPARED, _DROPPED, _NOTED}:
             raise ValueError(f"a record of kind {kind.hex()}, where another should be")
         elif kind == _NOTED:
-            found = _after(found, record)
+            found, doubtful = _after(found, record), None  # its notes are newer
         else:
             if prepared is not None and kind != _DROPPED:
                 found = _after(found, prepared)
+            doubtful = prepared if kind == _DROPPED else None
             prepared = record if kind == _PREPARED else None
             if kind == _CHANGED:
                 found = _after(found, record)
@@ -279,6 +282,7 @@ def _replayed(records: list[bytes], permanent: Permanent) -> Remembered:
                 found = dataclasses.replace(found, stored=None)
     if found is None:
         raise ValueError("the journal has no records")
+    prepared = prepared or doubtful
     if prepared is not None and _is_stored(prepared, permanent):
         found = _after(found, prepared)
     return found

@@ -332,3 +332,26 @@ def test_a_prepared_change_of_an_older_version_is_understood(owned):
     prepared += struct.pack("<BI", 5, len(note)) + note
     assert _replayed([*records, prepared], after).notes == {"run": b"yes"}
     assert _replayed([*records, prepared], before).notes == {}
+
+
+@pytest.mark.parametrize("is_noted_after", [False, True])
+def test_change_whose_save_failed_and_was_stored_all_the_same_is_known_with_its_response(
+    machine, is_noted_after
+):
+    """As when a manager is killed after it has stored and before it answers, and the vTPM then."""
+    stored = machine.store.save
+
+    def lost_answer(permanent):
+        stored(permanent)
+        raise Failure("manager", why="told to", next_step="none")
+
+    machine.store.save = lost_answer
+    assert machine.exchange(PRESENCE_BY_COMMAND)[6:10] != bytes(4)
+    machine.store.save = stored
+    if is_noted_after:
+        machine.tpm.remember({"last": b"newer"})
+    machine.crash()
+    assert machine.tpm.state.permanent.flags.physical_presence_cmd_enable
+    response = bytes.fromhex("00c40000000a00000000")
+    known = b"newer" if is_noted_after else PRESENCE_BY_COMMAND + response
+    assert machine.tpm.notes["last"] == known
