@@ -59,7 +59,10 @@ class InstanceLock:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             holder = os.pread(self._descriptor, 32, 0).decode("ascii").strip()
-            is_known = holder != "" and start_time_of(int(holder)) is not None
+            try:
+                is_known = holder != "" and start_time_of(int(holder)) is not None
+            except OSError:  # a lack of descriptors: that it is held is what counts
+                is_known = False
             raise AlreadyRunning(
                 f"{subject} is already running",
                 why=f"process {holder if is_known else 'unknown'} holds {self.path}",

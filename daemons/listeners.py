@@ -79,19 +79,27 @@ class PeerCredentials:
         gid: Its effective group id at that moment.
         start_time: Field 22 of `/proc/PID/stat` (clock ticks since boot); with the pid it names a
             process for good. None when the process is gone.
+        lack: What the system lacked to tell the start time; empty when it is as said above.
     """
 
     pid: int
     uid: int
     gid: int
     start_time: int | None
+    lack: str = ""
 
 
 def start_time_of(pid: int) -> int | None:
-    """Read when a process started, in clock ticks since boot; None without such a process."""
+    """Read when a process started, in clock ticks since boot; None without such a process.
+
+    Raises:
+        OSError: The system has no descriptor or memory for us, so it cannot be told.
+    """
     try:
         line = Path(f"/proc/{pid}/stat").read_text("ascii", errors="replace")
-    except OSError:
+    except OSError as error:
+        if error.errno in OUT_OF_RESOURCES:
+            raise
         return None
     # The second field is the program's name in brackets and may hold spaces and brackets itself.
     fields_from_third = line.rpartition(")")[2].split()
@@ -106,7 +114,13 @@ def peer_credentials(connection: socket.socket) -> PeerCredentials:
     """
     ucred = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
     pid, uid, gid = _UCRED.unpack(ucred)
-    return PeerCredentials(pid=pid, uid=uid, gid=gid, start_time=_peer_start_time(connection, pid))
+    start_time, lack = None, ""
+    try:
+        start_time = _peer_start_time(connection, pid)
+    except OSError as error:
+        # Not everybody needs it, and who does can tell a lack of ours from a peer that is gone.
+        lack = error.strerror or str(error)
+    return PeerCredentials(pid=pid, uid=uid, gid=gid, start_time=start_time, lack=lack)
 
 
 def _peer_start_time(connection: socket.socket, pid: int) -> int | None:
@@ -114,6 +128,8 @@ def _peer_start_time(connection: socket.socket, pid: int) -> int | None:
     try:
         pidfd = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
     except OSError as error:
+        if error.errno in OUT_OF_RESOURCES:
+            raise
         # Kernels before 6.5 have no such option; anything else says that the process is gone.
         return start_time_of(pid) if error.errno == errno.ENOPROTOOPT else None
     try:

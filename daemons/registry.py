@@ -31,6 +31,7 @@ RECORD_BYTES_MAX: Final = 64 * 1024
 RECORDS_MAX: Final = 4096
 VTPMS_MAX: Final = 64
 FORMAT: Final = 1
+_LOOK_FOR_A_LIMIT: Final = "Look for a limit on descriptors or memory (ulimit -n, fs.file-max)"
 
 
 class Role(StrEnum):
@@ -57,6 +58,11 @@ class PeerIdentity(Protocol):
     @property
     def start_time(self) -> int | None:
         """Field 22 of /proc/PID/stat in clock ticks; None when the process is gone."""
+
+    @property
+    def lack(self) -> str:
+        """What was lacking to tell that; empty when nothing was."""
+        ...
 
 
 class UnknownPeer(Failure):
@@ -145,6 +151,13 @@ class Registry:
                 found.append(read.record)
         if len(found) == 1:
             return found[0]
+        if not found and credentials.lack:
+            raise NotNow(
+                f"cannot tell which domain process {credentials.pid} is",
+                why=credentials.lack,
+                next_step=_LOOK_FOR_A_LIMIT,
+                exit_code=ExitCode.UNAVAILABLE,
+            )
         if found:
             why = "more than one domain claims this process: " + ", ".join(r.name for r in found)
         else:
@@ -516,7 +529,7 @@ def _unread(path: Path, error: OSError, why: str = "{}") -> Failure:
     return NotNow(
         f"cannot look into the registry entry {path}",
         why=reason,
-        next_step="Look for a limit on descriptors or memory (ulimit -n, fs.file-max)",
+        next_step=_LOOK_FOR_A_LIMIT,
         exit_code=ExitCode.UNAVAILABLE,
     )
 

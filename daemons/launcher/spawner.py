@@ -73,10 +73,10 @@ class Process(Protocol):
 class _Child:
     """A child of a fork server."""
 
-    def __init__(self, pid: int, start_time: int, gate: int) -> None:
+    def __init__(self, pid: int, start_time: int, gate: int | None) -> None:
         self.pid = pid
         self.start_time = start_time
-        self._gate: int | None = gate
+        self._gate = gate
         self._ended = trio.Event()
         self._status: int | None = None
 
@@ -386,12 +386,20 @@ class Spawner:
         assert isinstance(pid, int)
         # A child killed at once has no start time any more; 0 is nobody's, so no signal can go
         # astray.
-        child = _Child(pid, start_time_of(pid) or 0, gate)
+        lacking: OSError | None = None
+        try:
+            child = _Child(pid, start_time_of(pid) or 0, gate)
+        except OSError as lack:
+            # Nobody would be let in by a name without it. The child ends at its gate, which our
+            # caller closes.
+            child, lacking = _Child(pid, 0, None), lack
         early = server.exits_before_spawned.pop(pid, None)
         if early is not None:
             child.end(early)
         else:
             server.children[pid] = child
+        if lacking is not None:
+            raise lacking
         return child
 
     async def _hear(self, server: _Server) -> None:

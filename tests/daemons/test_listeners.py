@@ -1,7 +1,9 @@
 """Sockets: what stands in the way, who holds them, deep paths, inheritance, and who is a peer."""
 
+import contextlib
 import fcntl
 import os
+import resource
 import socket
 import stat
 import subprocess
@@ -307,6 +309,19 @@ def test_receive_timeout_leaves_the_socket_blocking():
 # -- peers
 
 
+@contextlib.contextmanager
+def no_descriptor_left():
+    """Let this process open nothing more."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 def test_peer_is_who_the_kernel_says(place):
     with listen(place / "s", Kind.SEQPACKET) as listener, connect(place / "s", Kind.SEQPACKET):
         far, _ = listener.socket.accept()
@@ -344,6 +359,17 @@ def test_peer_whose_pid_was_given_to_another_has_no_start_time(place, monkeypatc
         with far:
             monkeypatch.setattr(listeners, "start_time_of", lambda _: 12345)
             assert peer_credentials(far).start_time is None
+
+
+def test_peer_cannot_be_told_without_a_descriptor_and_is_not_gone(place):
+    with listen(place / "s", Kind.SEQPACKET) as listener, connect(place / "s", Kind.SEQPACKET):
+        far, _ = listener.socket.accept()
+        with far, no_descriptor_left():
+            found = peer_credentials(far)
+            with pytest.raises(OSError, match="Too many open files"):
+                start_time_of(os.getpid())
+        assert (found.pid, found.start_time) == (os.getpid(), None)
+        assert found.lack == "Too many open files"
 
 
 def test_start_time_is_read_behind_any_program_name():

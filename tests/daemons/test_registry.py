@@ -50,6 +50,7 @@ class Peer:
     pid: int = 1002
     uid: int = UID
     start_time: int | None = 777
+    lack: str = ""
 
 
 @pytest.fixture
@@ -146,6 +147,12 @@ def test_lookup_in_the_lab_needs_pid_and_start_time(writer, registry):
     ):
         with pytest.raises(UnknownPeer):
             registry.lookup(stranger)
+
+
+def test_lookup_of_a_peer_that_cannot_be_told_for_now_is_no_refusal(writer, registry):
+    writer.put(VTPM)
+    with pytest.raises(NotNow, match="Too many open files"):
+        registry.lookup(Peer(start_time=None, lack="Too many open files"))
 
 
 def test_lookup_names_the_process_and_the_registry(registry, directory):

@@ -418,3 +418,23 @@ async def test_lack_of_descriptors_for_the_next_fork_server_is_waited_out(tmp_pa
         assert lacks == 0
         assert room.spawner.server_pid != server
         assert open_descriptors() <= before + 1  # nothing of the tries is left
+
+
+async def test_child_that_could_not_be_told_from_a_later_one_ends_unborn(tmp_path, monkeypatch):
+    """By its start time it is known to everybody that it connects to."""
+
+    def lacking(pid):
+        pids.append(pid)
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    pids = []
+    async with spawning(tmp_path) as room:
+        await room.spawner.ready()
+        with monkeypatch.context() as lack:
+            lack.setattr(spawner_module, "start_time_of", lacking)
+            with pytest.raises(OSError, match="Too many open files"):
+                await room.spawn("measured")
+        (pid,) = pids
+        await until(lambda: not is_there(pid))
+        assert not room.story_file.exists()
+        assert await room.run("measured") == 0
