@@ -21,7 +21,13 @@ from daemons.manager.handle_journal import HandleJournal, Handles, Leftovers, No
 from daemons.manager.requests import OnceOnly
 from daemons.tis_link import ChipFault
 from hwtpm.tis_driver import TisFault
-from protocol.constants import CapabilityArea, CapabilityProperty, Ordinal, ResourceType
+from protocol.constants import (
+    CapabilityArea,
+    CapabilityProperty,
+    KeyHandleValue,
+    Ordinal,
+    ResourceType,
+)
 from protocol.return_codes import ReturnCode, TpmError
 from protocol.structures import CapVersionInfo
 from protocol.wire import DecodeError, decode
@@ -329,6 +335,16 @@ class Chip:
         if not is_owned:
             self._take_ownership()
         return version
+
+    def prove_owner(self) -> None:
+        """Make sure that the owner's secret is the right one, where much will depend on it.
+
+        Raises:
+            ChipRefusal: It is not; the chip has changed nothing.
+            Failure: See `operation`.
+        """
+        with self.operation("use the hardware TPM as its owner") as tpm:
+            tpm.owner_read_internal_pub(KeyHandleValue.SRK, self.secrets.owner_auth)
 
     def _read_version(self) -> CapVersionInfo:
         with self.operation("identify the hardware TPM") as tpm:

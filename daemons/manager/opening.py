@@ -7,6 +7,8 @@ The order, so that a crash at any point leaves something that the next start und
   an image whose area is missing is taken; from then on it is refused.
 - At each start a root with the counter's next value is stored, and then the counter moves. So the
   image is the counter's value, or one ahead, never behind.
+- A blank image is written only when the chip knows both secrets of the configuration: to correct
+  one changes the measurements, and an image that was sealed to those before would not open.
 - A blank image is a new vault only where the chip has no anchor of an earlier one, or where the
   settings give up that very anchor.
 
@@ -76,6 +78,9 @@ def open_vault(
     anchor = ChipAnchor(chip, wishes.locality)
     if is_blank:
         _require_no_anchor(disk, anchor, wishes, progress)
+        # A vault is sealed to the configuration that made it. One that was made with a wrong secret
+        # could not be finished with the right one.
+        chip.prove_owner()
         progress("making a new vault in a blank image")
         vault, sealed = create_vault(disk, chip, anchor, wishes, rng)
     else:

@@ -15,7 +15,7 @@ import pytest
 from daemons.chip_memory import FILE_BYTES, ChipMemory
 from daemons.durable_tpm import DurableTpm
 from daemons.errors import ExitCode, Failure
-from daemons.manager.chip import Chip
+from daemons.manager.chip import Chip, ChipSecrets
 from daemons.manager.chip_anchor import ChipAnchor
 from daemons.manager.handle_journal import HandleJournal
 from daemons.manager.opening import Wishes, open_vault
@@ -88,10 +88,10 @@ class Platform:
     link: DurableLink
     directory: Path
 
-    def start(self, wishes: Wishes = WISHES) -> Vault:
+    def start(self, wishes: Wishes = WISHES, secrets: ChipSecrets = SECRETS) -> Vault:
         chip = Chip(
             self.link,
-            SECRETS,
+            secrets,
             HandleJournal(self.directory / "journal"),
             lambda _text: None,
             self.link.rng,
@@ -301,6 +301,19 @@ def test_a_blank_image_is_refused_where_the_chip_remembers_another(used, blank, 
     # The setting may stay: it means an anchor that this vault has now, and no blank image.
     vault.save(record_of(1))
     assert len(restored.start(wishes)) == 1
+
+
+@pytest.mark.parametrize("wrong", ["owner_auth", "srk_auth"])
+def test_a_new_vault_is_not_begun_with_a_wrong_secret(blank, tmp_path, wrong):
+    """To correct the secret changes what is measured, and so what an image may be opened by."""
+    platform = platform_on(blank, tmp_path)
+    with pytest.raises(Failure, match="AUTHFAIL") as refused:
+        platform.start(secrets=replace(SECRETS, **{wrong: b"w" * 20}))
+    assert "owner_auth=" in refused.value.next_step
+    assert not any(platform.machine.contents[IMAGE])
+    assert not platform.link.engine.state.permanent.nv
+    platform.link.extend(18, b"\x19" * 20)
+    assert len(platform.start()) == 0
 
 
 def test_a_vault_without_an_anchor_gets_one_and_its_copies_end(blank, tmp_path):
