@@ -63,13 +63,16 @@ class ChipAnchor:
         return tuple(index for index in found if index in NV_INDICES)
 
     def define(self, anchorage: Anchorage) -> None:
-        """Make the area.
+        """Make the area, which is not there.
 
         Raises:
             ChipRefusal: There is no room.
         """
         where = replace(UNRESTRICTED_PCR_INFO, locality_at_release=1 << self._locality)
         with self._chip.operation("make an NV area in the hardware TPM") as tpm:
+            # Of a vault whose area the owner took away: it has another secret, and would be found
+            # again in the place of ours.
+            self._release_counters(tpm, anchorage.nv_index)
             tpm.nv_define_space(
                 anchorage.nv_index,
                 AREA_BYTES,
@@ -118,12 +121,7 @@ class ChipAnchor:
         """Give an anchor up, as the chip's owner: its counter, then its area."""
         owner_auth = self._chip.secrets.owner_auth
         with self._chip.operation("remove an anchor from the hardware TPM") as tpm:
-            for count_id, _ in self._counters(tpm, nv_index):
-                tpm.call(
-                    Ordinal.RELEASE_COUNTER_OWNER,
-                    Use(tpm.oiap(), owner_auth),
-                    count_id=count_id,
-                )
+            self._release_counters(tpm, nv_index)
             tpm.nv_define_space(nv_index, 0, _ATTRIBUTES, owner_auth=owner_auth)
 
     # -- the counter
@@ -161,6 +159,11 @@ class ChipAnchor:
             if refusal.code != ReturnCode.BAD_COUNTER:
                 raise
             return None
+
+    def _release_counters(self, tpm: TpmClient, nv_index: int) -> None:
+        for count_id, _ in self._counters(tpm, nv_index):
+            use = Use(tpm.oiap(), self._chip.secrets.owner_auth)
+            tpm.call(Ordinal.RELEASE_COUNTER_OWNER, use, count_id=count_id)
 
     @staticmethod
     def _counters(tpm: TpmClient, nv_index: int) -> Iterator[tuple[int, int]]:

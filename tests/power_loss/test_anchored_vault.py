@@ -303,6 +303,19 @@ def test_a_blank_image_is_refused_where_the_chip_remembers_another(used, blank, 
     assert len(restored.start(wishes)) == 1
 
 
+def test_a_counter_that_outlived_its_area_is_not_taken_for_a_new_vault_s(used, blank, tmp_path):
+    """The owner removed the area of an old vault, as he may, and left its counter."""
+    platform = platform_on(with_image(used, blank), tmp_path)
+    counters = platform.link.engine.state.permanent.counters
+    platform.link.firmware.nv_define_space(0x15000, 0, 0x40004)
+    vault = platform.start()
+    assert vault.anchorage.nv_index == 0x15000
+    vault.save(record_of(1))
+    assert generation_of(platform.start()) == 0
+    assert len(platform.link.engine.state.permanent.counters) == 1
+    assert platform.link.engine.state.permanent.counters != counters
+
+
 @pytest.mark.parametrize("wrong", ["owner_auth", "srk_auth"])
 def test_a_new_vault_is_not_begun_with_a_wrong_secret(blank, tmp_path, wrong):
     """To correct the secret changes what is measured, and so what an image may be opened by."""
