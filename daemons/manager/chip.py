@@ -12,7 +12,7 @@ measuring of the platform (the firmware's part, played by the launcher).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -36,6 +36,9 @@ from tpm12.client_core import BadResponseError, ClientSession, Use
 from tpm12.ports import Rng
 
 Progress = Callable[[str], None]
+Advice = Mapping[ReturnCode, tuple[str, ExitCode]]
+"""Next step and exit status for what the chip may answer."""
+NO_ADVICE: Final[Advice] = {}
 SEIZURES_MAX: Final = 10
 """How often one command is begun anew because another locality seized the TPM."""
 
@@ -89,8 +92,8 @@ class ChipRefusal(Failure):
         code: The chip's return code.
     """
 
-    def __init__(self, doing: str, error: TpmError) -> None:
-        next_step, exit_code = _ADVICE.get(error.code, (_LOOK, ExitCode.FAILED))
+    def __init__(self, doing: str, error: TpmError, advice: Advice) -> None:
+        next_step, exit_code = {**_ADVICE, **advice}.get(error.code, (_LOOK, ExitCode.FAILED))
         super().__init__(
             f"cannot {doing}",
             why=f"the hardware TPM answered {error}",
@@ -107,7 +110,7 @@ _SECRETS: Final = (
 )
 _ENABLE: Final = ("Enable and activate the TPM in the firmware's set-up.", ExitCode.UNAVAILABLE)
 _WAIT: Final = ("Wait, then start the manager again.", ExitCode.UNAVAILABLE)
-_ADVICE: Final = {
+_ADVICE: Final[Advice] = {
     ReturnCode.AUTHFAIL: _SECRETS,
     ReturnCode.AUTH2FAIL: _SECRETS,
     ReturnCode.DISABLED: _ENABLE,
@@ -198,11 +201,12 @@ class Chip:
         return self._link.recollect(request)
 
     @contextlib.contextmanager
-    def operation(self, doing: str) -> Iterator[TpmClient]:
+    def operation(self, doing: str, advice: Advice = NO_ADVICE) -> Iterator[TpmClient]:
         """Use the chip for something of the manager's own, and leave nothing open in it.
 
         Args:
             doing: Ends the sentence "cannot ...", should it fail.
+            advice: What to do about a refusal, where that is another thing than usual.
 
         Raises:
             ChipRefusal: The chip answered with an error.
@@ -212,7 +216,7 @@ class Chip:
             with self._cleaned_up():
                 yield self._client
         except TpmError as error:
-            raise ChipRefusal(doing, error) from error
+            raise ChipRefusal(doing, error, advice) from error
         except BadResponseError as error:
             raise Failure(
                 f"cannot {doing}",

@@ -34,6 +34,18 @@ SECRET_BYTES: Final = 20
 _LAYOUT: Final = struct.Struct(">Q32s")
 _NEVER_WRITTEN: Final = b"\xff" * AREA_BYTES
 _ATTRIBUTES: Final = NvAttribute.AUTHREAD | NvAttribute.AUTHWRITE
+_NO_ROOM: Final = {
+    ReturnCode.NOSPACE: (
+        "Remove NV areas that nobody needs, as the TPM's owner; the next start goes on from here.",
+        ExitCode.UNAVAILABLE,
+    )
+}
+_NO_COUNTER: Final = {
+    ReturnCode.RESOURCES: (
+        "Release counters that nobody needs, as the TPM's owner; the next start goes on from here.",
+        ExitCode.UNAVAILABLE,
+    )
+}
 _DOING: Final = "keep the number of the manager's newest root in the hardware TPM"
 
 
@@ -69,7 +81,7 @@ class ChipAnchor:
             ChipRefusal: There is no room.
         """
         where = replace(UNRESTRICTED_PCR_INFO, locality_at_release=1 << self._locality)
-        with self._chip.operation("make an NV area in the hardware TPM") as tpm:
+        with self._chip.operation("make an NV area in the hardware TPM", _NO_ROOM) as tpm:
             # Of a vault whose area the owner took away: it has another secret, and would be found
             # again in the place of ours.
             self._release_counters(tpm, anchorage.nv_index)
@@ -128,7 +140,7 @@ class ChipAnchor:
 
     def make_counter(self, anchorage: Anchorage) -> tuple[int, int]:
         """The counter's id and value; one that was made before a crash is found again."""
-        with self._chip.operation("make a counter in the hardware TPM") as tpm:
+        with self._chip.operation("make a counter in the hardware TPM", _NO_COUNTER) as tpm:
             for found in self._counters(tpm, anchorage.nv_index):
                 return found
             count_id, value = tpm.create_counter(

@@ -5,6 +5,7 @@ The power fails for both disks at once, or the manager is killed between two com
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from daemons.manager.handle_journal import HandleJournal
 from daemons.manager.opening import Wishes, open_vault
 from daemons.manager.vault import Vault
 from daemons.manager.vault_format import PAGE_BYTES, NotAnchored, RolledBack, VaultError
+from protocol.return_codes import TpmError
 from tests.daemons.manager.chip_bench import LOCALITY, SECRETS, EngineLink, owned_state
 from tests.daemons.manager.vault_bench import KEY, SEALS, record_of, uuid_of
 from tests.power_loss.machine import Machine, Plan, PowerLoss
@@ -314,6 +316,28 @@ def test_a_counter_that_outlived_its_area_is_not_taken_for_a_new_vault_s(used, b
     assert generation_of(platform.start()) == 0
     assert len(platform.link.engine.state.permanent.counters) == 1
     assert platform.link.engine.state.permanent.counters != counters
+
+
+@pytest.mark.parametrize("what", ["NV areas", "counters"])
+def test_a_chip_without_room_for_an_anchor_says_what_to_make_room_of(blank, tmp_path, what):
+    platform = platform_on(blank, tmp_path)
+    owner = platform.link.firmware
+    if what == "counters":
+        for _ in range(Profile().counters):
+            owner.create_counter(b"them")
+    else:
+        for index, size in enumerate([4000] * 7 + [400, 200, 100, 50, 25, 12, 6]):
+            with contextlib.suppress(TpmError):
+                owner.nv_define_space(0x20000 + index, size, 0x40004)
+    with pytest.raises(Failure, match=r"cannot make .* in the hardware TPM") as refused:
+        platform.start()
+    assert what in refused.value.next_step
+    assert refused.value.exit_code is ExitCode.UNAVAILABLE
+    # It is made: nothing of theirs is left.
+    permanent = platform.link.engine.state.permanent
+    permanent.counters = {}
+    permanent.nv = {at: area for at, area in permanent.nv.items() if at == 0x15000}
+    platform.start().save(record_of(1))
 
 
 @pytest.mark.parametrize("wrong", ["owner_auth", "srk_auth"])
