@@ -151,6 +151,19 @@ def test_unknown_values_still_give_the_pcrs_that_count(chip: Chip, link: EngineL
     assert "17,18" in refused.value.why
 
 
+def test_header_that_names_pcrs_no_chip_has_is_a_named_refusal(chip: Chip, link: EngineLink):
+    """Anybody can write a header whose checksum is right."""
+    sealed = seal(chip, pcrs=(17, 18))
+    false = replace(
+        sealed,
+        pcr_selection=sealed.pcr_selection + b"\xff" * 29,
+        pcr_values=sealed.pcr_values + (bytes(20),) * 200,
+    )
+    link.extend(18, b"\x66" * 20)
+    with pytest.raises(MeasurementsChanged, match=r"PCR 18 \(the manager's program\) was"):
+        sealing.unseal(chip, header_with(false))
+
+
 def test_other_locality_does_not_get_the_key(chip: Chip, link: EngineLink):
     sealed = seal(chip)
     for locality in (0, 1, 3, 4):
