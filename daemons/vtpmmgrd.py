@@ -25,6 +25,7 @@ from daemons.disk import Disk
 from daemons.domain_options import DomainOptions, parse_domain_options
 from daemons.errors import ExitCode, Failure
 from daemons.faults.hooks import Hooks, hooks_of
+from daemons.journal import remove_journal
 from daemons.lean_structlog import structlog
 from daemons.listeners import Kind, activated_or_listen
 from daemons.manager import sealing
@@ -185,7 +186,8 @@ def _open(  # noqa: PLR0913 - everything there is at a start
     memory = None if header is None else RequestMemory(path, header.vault_id)
     if memory is not None:
         _settle_at_chip(memory, chip)
-    vault, sealed = open_vault(disk, chip, wishes, progress, rng)
+    forget = partial(remove_journal, path)
+    vault, sealed = open_vault(disk, chip, wishes, progress, rng, forget=forget)
     if memory is None:
         memory = RequestMemory(path, vault.header.vault_id, is_new=True)
     elif memory.pending is not None:

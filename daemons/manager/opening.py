@@ -60,10 +60,24 @@ class Wishes:
     key_generation: int = 1
 
 
-def open_vault(
-    disk: Disk, chip: Chip, wishes: Wishes, progress: Progress, rng: Rng
+def open_vault(  # noqa: PLR0913 - everything there is at a start
+    disk: Disk,
+    chip: Chip,
+    wishes: Wishes,
+    progress: Progress,
+    rng: Rng,
+    *,
+    forget: Callable[[], None] = lambda: None,
 ) -> tuple[Vault, SealedKey]:
     """Open the vault in an image, or make one in a blank image.
+
+    Args:
+        disk: The image.
+        chip: Not started yet.
+        wishes: What configuration and settings say.
+        progress: Told what takes long.
+        rng: Gives keys and nonces.
+        forget: Called before a new vault is made: what is kept of an earlier one's requests goes.
 
     Returns:
         The vault, and the seal by which it is opened.
@@ -81,6 +95,8 @@ def open_vault(
         # A vault is sealed to the configuration that made it. One that was made with a wrong secret
         # could not be finished with the right one.
         chip.prove_owner()
+        # Whoever is killed from here on leaves a vault that the next manager takes for one in use.
+        forget()
         progress("making a new vault in a blank image")
         vault, sealed = create_vault(disk, chip, anchor, wishes, rng)
     else:

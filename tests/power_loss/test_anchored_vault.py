@@ -20,8 +20,10 @@ from daemons.manager.chip import Chip, ChipSecrets
 from daemons.manager.chip_anchor import ChipAnchor
 from daemons.manager.handle_journal import HandleJournal
 from daemons.manager.opening import Wishes, open_vault
+from daemons.manager.request_memory import RequestMemory
 from daemons.manager.vault import Vault
 from daemons.manager.vault_format import PAGE_BYTES, NotAnchored, RolledBack, VaultError
+from daemons.vtpmmgrd import _open as open_all
 from protocol.return_codes import TpmError
 from tests.daemons.manager.chip_bench import LOCALITY, SECRETS, EngineLink, owned_state
 from tests.daemons.manager.vault_bench import KEY, SEALS, record_of, uuid_of
@@ -91,17 +93,29 @@ class Platform:
     directory: Path
 
     def start(self, wishes: Wishes = WISHES, secrets: ChipSecrets = SECRETS) -> Vault:
-        chip = Chip(
+        chip = self._new_chip(secrets)
+        disk = self.machine[IMAGE].open_again()
+        vault, _ = open_vault(disk, chip, wishes, lambda _text: None, self.link.rng)
+        self.chip = chip
+        return vault
+
+    def start_with_requests(
+        self, path: Path, wishes: Wishes = WISHES
+    ) -> tuple[Vault, RequestMemory]:
+        disk, chip = self.machine[IMAGE].open_again(), self._new_chip(SECRETS)
+        vault, _, memory = open_all(
+            disk, chip, wishes, path=path, progress=lambda _text: None, rng=self.link.rng
+        )
+        return vault, memory
+
+    def _new_chip(self, secrets: ChipSecrets) -> Chip:
+        return Chip(
             self.link,
             secrets,
             HandleJournal(self.directory / "journal"),
             lambda _text: None,
             self.link.rng,
         )
-        disk = self.machine[IMAGE].open_again()
-        vault, _ = open_vault(disk, chip, wishes, lambda _text: None, self.link.rng)
-        self.chip = chip
-        return vault
 
 
 def platform_on(contents: dict[str, bytes], directory: Path, plan: Plan | None = None) -> Platform:
@@ -351,6 +365,37 @@ def test_a_new_vault_is_not_begun_with_a_wrong_secret(blank, tmp_path, wrong):
     assert not platform.link.engine.state.permanent.nv
     platform.link.extend(18, b"\x19" * 20)
     assert len(platform.start()) == 0
+
+
+def test_every_kill_while_an_old_vault_is_given_up_is_taken_up(used, blank, tmp_path):
+    """What the old vault's manager remembered of requests keeps nobody out of the new one."""
+    wishes = replace(WISHES, abandoned_anchor=0x15000)
+    path = tmp_path / "requests"
+    for point in itertools.count():
+        RequestMemory(path, b"the old vault's.", is_new=True).close()
+        platform = platform_on(with_image(used, blank), tmp_path)
+        platform.link.kill_at = point
+        is_over = False
+        with contextlib.suppress(KilledError):
+            platform.start_with_requests(path, wishes)
+            is_over = True
+        platform.link.kill_at = None
+        vault, memory = platform.start_with_requests(path, wishes)
+        vault.save(record_of(1))
+        memory.close()
+        if is_over:
+            assert point > 20
+            return
+
+
+def test_a_blank_image_that_is_refused_leaves_what_is_remembered_of_requests(used, blank, tmp_path):
+    """The right image is put back, and its manager goes on."""
+    path = tmp_path / "requests"
+    _, memory = platform_on(used, tmp_path).start_with_requests(path)
+    memory.close()
+    with pytest.raises(Failure, match="remembers another"):
+        platform_on(with_image(used, blank), tmp_path).start_with_requests(path)
+    assert path.exists()
 
 
 def test_a_vault_without_an_anchor_gets_one_and_its_copies_end(blank, tmp_path):
