@@ -107,6 +107,18 @@ class Admission:
             is_administrator=is_listed(Label.parse(domain.label), self._administrators),
         )
 
+    def is_attached(self, uuid: UUID) -> bool:
+        """Whether a domain, with a process or without, has this vTPM as a device of this manager.
+
+        Raises:
+            DamagedRegistry: A record cannot be believed, and might be that domain's.
+        """
+        return any(
+            device.uuid == uuid and device.backend == self._manager
+            for domain in self._registry.all()
+            for device in domain.vtpms
+        )
+
 
 def is_listed(label: Label, patterns: tuple[str, ...]) -> bool:
     """Whether a label is one of the patterns, exactly or with a star in place of its user.

@@ -10,6 +10,8 @@ rules were weak they are not kept:
 - A UUID has one holder. A connection takes it with its first Load, Save or administration, also of
   a UUID that is not known yet, and gives it back when it ends. A newer connection of the same
   domain takes over: the registry knows one process per domain, so the older one is a leftover.
+- A vTPM that a domain has is not deleted. Who has asked for its key is not enough to know: a
+  manager that was killed has forgotten that, and a vTPM that runs on, or will, asks but once.
 - Administration goes by label, never to whoever came first.
 - What must not be done twice (VTPM_DEL, TPM_Extend of the chip) is remembered before it is done
   (`request_memory.py`); all else is the same done twice.
@@ -110,12 +112,18 @@ class Requests:
         records: The vault.
         hardware: The chip.
         report: Told what went wrong on our side, when a client only gets a code for it.
+        is_attached: Whether a domain has a vTPM; may raise Failure.
     """
 
     def __init__(
-        self, records: Records, hardware: Hardware, report: Callable[[Failure], None]
+        self,
+        records: Records,
+        hardware: Hardware,
+        report: Callable[[Failure], None],
+        is_attached: Callable[[UUID], bool],
     ) -> None:
         self._records = records
+        self._is_attached = is_attached
         self._hardware = hardware
         self._report = report
         self._holders: dict[UUID, Client] = {}
@@ -249,7 +257,8 @@ class Requests:
 
     def _vtpm_del(self, body: bytes, once: OnceOnly) -> Nothing:
         uuid = UUID(bytes=decode(VtpmUuid, body).uuid)
-        if uuid in self._holders or uuid not in self._records:
+        is_open = uuid in self._holders or self._is_attached(uuid)
+        if is_open or uuid not in self._records:
             raise TpmError(ReturnCode.FAIL, "it is open, or there is no such vTPM")
         once.begin()  # now, so that a record that is gone later was deleted by this request
         self._records.delete(uuid)

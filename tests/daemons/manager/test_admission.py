@@ -116,6 +116,17 @@ def test_device_of_another_backend_is_never_a_client(admission: Admission):
         admission.client(foreign)
 
 
+def test_vtpm_is_attached_while_a_domain_has_it(admission: Admission, writer: RegistryWriter):
+    assert admission.is_attached(UUID_1)
+    assert not admission.is_attached(UUID(int=1))
+    writer.put(replace(VTPM, pid=None, start_time=None))
+    assert admission.is_attached(UUID_1)
+    writer.put(replace(VTPM, vtpms=(replace(DEVICE, backend="another"),)))
+    assert not admission.is_attached(UUID_1)
+    writer.remove(VTPM.name)
+    assert not admission.is_attached(UUID_1)
+
+
 def test_manager_that_is_not_registered_admits_nobody(admission: Admission, writer: RegistryWriter):
     writer.remove("vtpmmgr")
     with pytest.raises(Failure, match="does not serve"):

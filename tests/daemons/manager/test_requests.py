@@ -100,7 +100,10 @@ class Bench:
         self.records = RecordsInMemory()
         self.chip = RecordedChip()
         self.reported: list[Failure] = []
-        self.requests = Requests(self.records, self.chip, self.reported.append)
+        self.attached: set[UUID] = set()
+        self.requests = Requests(
+            self.records, self.chip, self.reported.append, self.attached.__contains__
+        )
         self.steps = Steps(self.records)
 
     def send(self, client: Client, request: str | bytes) -> str:
@@ -425,6 +428,19 @@ def test_vtpm_is_deleted_when_nobody_has_it_open(bench: Bench):
     assert bench.steps.seen == ["begun with 2 records"], "there was nothing to delete"
     assert bench.send(GUEST_1, LOAD) == UNKNOWN
     assert bench.send(ADMIN, request[:-2].replace("1a02", "1902")) == UNKNOWN
+
+
+def test_vtpm_that_a_domain_has_is_not_deleted_before_it_has_asked(bench: Bench):
+    """As after a manager was killed: a vTPM that runs on asks for its key no second time."""
+    bench.save(ADMIN)
+    bench.save(GUEST_1)
+    bench.requests.disconnected(GUEST_1)
+    bench.attached.add(UUID_1)
+    request = "01c20000001a02000205" + UUID_1.hex
+    assert bench.send(ADMIN, request) == "01c40000000a00000009"
+    assert bench.steps.seen == []
+    bench.attached.clear()
+    assert bench.send(ADMIN, request) == DONE
 
 
 @pytest.mark.parametrize(

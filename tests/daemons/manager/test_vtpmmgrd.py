@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from uuid import UUID
 
@@ -35,6 +36,7 @@ disk=["file:/images/vtpmmgr-stubdom.img,hda,w"]
 iomem=["fed42,1"]
 """
 UUID_1 = UUID("ac0a5b9e-cbe2-4c07-b43b-1d69e46fb839")
+DEVICE = VtpmDevice(devid=0, backend="vtpmmgr", uuid=UUID_1, handle=0)
 BLOB = bytes(range(64))
 DEADLINE_S = 30.0
 GATE = ["/bin/sh", "-c", 'read -r go && exec "$0" "$@"']
@@ -97,9 +99,13 @@ class Platform:
             self._reap(process)
 
     @contextlib.contextmanager
-    def vtpm(self, label: str = "u:vm_r:vtpm_t", name: str = "vtpm-guest1") -> Iterator[RingClient]:
+    def vtpm(
+        self,
+        label: str = "u:vm_r:vtpm_t",
+        name: str = "vtpm-guest1",
+        device: VtpmDevice = DEVICE,
+    ) -> Iterator[RingClient]:
         """This test as a vTPM, connected."""
-        device = VtpmDevice(devid=0, backend="vtpmmgr", uuid=UUID_1, handle=0)
         self.writer.put(self._own(name, Role.VTPM, label, (device,)))
         try:
             with RingClient(self.places.domain("vtpmmgr").ring_socket, may_run_twice=True) as ring:
@@ -253,6 +259,29 @@ def test_killed_manager_is_a_pause_for_its_vtpms(platform: Platform):
             assert load(ring) == BLOB
             save(ring, BLOB[::-1])
             assert load(ring) == BLOB[::-1]
+
+
+def test_killed_manager_does_not_forget_that_a_vtpm_is_in_use(platform: Platform):
+    """An administrator deletes no record that a vTPM, which has said nothing since, still needs."""
+    settings = platform.places.settings("vtpmmgrd")
+    settings.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    settings.write_text('administrators = "admin_u:vm_r:vtpm_t"\n')
+    with platform.manager(), platform.vtpm() as ring:
+        save(ring)
+    idle = replace(
+        Platform._own("vtpm-guest1", Role.VTPM, "u:vm_r:vtpm_t", (DEVICE,)),
+        pid=platform.chip.pid,
+        start_time=0,
+    )
+    platform.writer.put(idle)
+    delete = messages.request(ManagerOrdinal.VTPM_DEL, messages.VtpmUuid(uuid=UUID_1.bytes))
+    other = replace(DEVICE, uuid=UUID(int=0xD0))
+    with platform.manager(), platform.vtpm("admin_u:vm_r:vtpm_t", "vtpm-dom0", other) as ring:
+        with pytest.raises(TpmError) as refused:
+            messages.results(messages.Nothing, ring.exchange(delete))
+        assert refused.value.code == ReturnCode.FAIL
+        platform.writer.remove("vtpm-guest1")
+        messages.results(messages.Nothing, ring.exchange(delete))
 
 
 def test_changed_program_does_not_get_the_key_and_the_image_stays(platform: Platform):
