@@ -52,7 +52,7 @@ from protocol.structures import (
     StoredData,
     StoredData12,
 )
-from protocol.wire import decode, encode
+from protocol.wire import DecodeError, decode, encode
 from tpm12.client_core import BadResponseError, ClientSession, Use, osap_shared_secret, prepare
 from tpm12.commands import ALL
 from tpm12.crypto import sha1
@@ -194,7 +194,10 @@ class TpmClient:
     def handles(self, resource_type: int) -> tuple[int, ...]:
         """Handles of loaded keys or open sessions (ResourceType)."""
         listed = self.get_capability(CapabilityArea.HANDLE, resource_type.to_bytes(4, "big"))
-        return decode(KeyHandleList, listed).handles
+        try:
+            return decode(KeyHandleList, listed).handles
+        except DecodeError as error:
+            raise BadResponseError(f"the list of handles: {error}") from error
 
     def flush_specific(self, handle: int, resource_type: int) -> None:
         """TPM_FlushSpecific."""

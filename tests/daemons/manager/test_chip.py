@@ -241,6 +241,15 @@ def test_garbage_from_the_chip_is_one_failure(tmp_path: Path, garbage: bytes):
         bench_on(link, tmp_path).chip.start()
 
 
+def test_list_of_handles_that_is_none_is_a_failure(tmp_path: Path):
+    """GetCapability is answered well, and what it tells is too short for what it says."""
+    link = owned_link()
+    chip = bench_on(link, tmp_path).chip
+    link.execute = lambda _request: bytes.fromhex("00c4 00000010 00000000 00000002 0005")
+    with pytest.raises(Failure, match="not to be trusted"), chip.operation("count") as tpm:
+        tpm.handles(ResourceType.COUNTER)
+
+
 def test_all_session_slots_taken_by_others_is_told(tmp_path: Path):
     link = owned_link()
     while True:
