@@ -103,6 +103,8 @@ class HandleJournal:
         fresh = () if handle is None else ((int(kind), handle),)
         left = Leftovers(epoch=left.epoch, handles=(*left.handles, *fresh))
         self._write(left)
+        # It is still an earlier manager's: no `clear` may take it away before it is flushed.
+        self._now, self._has_written = Leftovers(), False
         finish()
         return left, fresh
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from daemons.errors import ExitCode, Failure
-from daemons.manager.chip import ChipRefusal, ChipSecrets
+from daemons.manager.chip import Chip, ChipRefusal, ChipSecrets
 from daemons.tis_link import ChipFault
 from hwtpm.tis_driver import TisError, TisFault
 from protocol.constants import (
@@ -135,6 +137,12 @@ def _killed_with_sessions(chip) -> None:
         raise KeyboardInterrupt
 
 
+def _open_sessions(chip: Chip, count: int) -> None:
+    with chip.operation("x") as tpm:
+        for _ in range(count):
+            tpm.oiap()
+
+
 def test_manager_killed_before_it_saw_the_answer_leaves_nothing(tmp_path: Path):
     link = owned_link()
     bench = bench_on(link, tmp_path)
@@ -152,6 +160,38 @@ def test_manager_killed_before_it_saw_the_answer_leaves_nothing(tmp_path: Path):
     assert len(link.sessions()) == 1
     bench.another().chip.start()
     assert link.sessions() == ()
+
+
+def test_manager_killed_while_it_clears_up_leaves_it_to_the_next(tmp_path: Path):
+    """Of two sessions one is noted, and one waits in the chip; the next manager is killed too."""
+    for point in range(20):
+        link = owned_link()
+        bench = bench_on(link, tmp_path)
+        bench.chip.start()
+        genuine, left = link.execute, 3
+        is_over = False
+
+        def execute(request: bytes, genuine: Callable[[bytes], bytes] = genuine) -> bytes:
+            nonlocal left
+            response, left = genuine(request), left - 1
+            if left == 0:
+                raise KeyboardInterrupt
+            return response
+
+        link.execute = execute
+        with pytest.raises(KeyboardInterrupt):
+            _open_sessions(bench.chip, 3)
+        assert len(link.sessions()) == 3
+        left = point + 1
+        with contextlib.suppress(KeyboardInterrupt):
+            bench.another().chip.start()
+            is_over = True
+        del link.execute
+        bench.another().chip.start()
+        assert link.sessions() == (), point
+        if is_over:
+            assert point > 5
+            return
 
 
 def test_manager_starts_though_the_command_of_the_one_before_it_was_seized(tmp_path: Path):
