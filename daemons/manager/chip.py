@@ -305,6 +305,9 @@ class Chip:
     @contextlib.contextmanager
     def _cleaned_up(self) -> Iterator[None]:
         try:
+            # Of an operation under which the chip was lost, and could not be told.
+            if left := self._journal.handles:
+                self._flush(left)
             yield
         except (TpmError, BadResponseError, NotNotedError):
             self._flush(self._journal.handles)

@@ -281,6 +281,30 @@ def test_garbage_from_the_chip_is_one_failure(tmp_path: Path, garbage: bytes):
         bench_on(link, tmp_path).chip.start()
 
 
+def _lost_with_a_session(chip: Chip, link: EngineLink) -> None:
+    with chip.operation("read") as tpm:
+        tpm.oiap()
+        link.is_gone = True
+        tpm.get_random(1)
+
+
+def test_session_of_an_operation_that_lost_the_chip_is_flushed_by_the_next(tmp_path: Path):
+    """The manager lives on, so no next one finds what this one has noted."""
+    link = owned_link()
+    bench = bench_on(link, tmp_path)
+    bench.chip.start()
+    for _ in range(3):
+        with pytest.raises(Failure, match="gone"):
+            _lost_with_a_session(bench.chip, link)
+        with pytest.raises(Failure, match="gone"):
+            _open_sessions(bench.chip, 1)
+        assert len(bench.chip._journal.read().handles) == 1
+        link.is_gone = False
+        with bench.chip.operation("read") as tpm:
+            tpm.get_random(1)
+        assert link.sessions() == ()
+
+
 def test_list_of_handles_that_is_none_is_a_failure(tmp_path: Path):
     """GetCapability is answered well, and what it tells is too short for what it says."""
     link = owned_link()
