@@ -52,6 +52,8 @@ SIZE_BYTES_MAX: Final = 64 * 1024 * 1024
 HALVES_AT: Final = 128
 BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
+_LACKS: Final = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+"""What is no fault of a file, and may pass."""
 _HEAD: Final = struct.Struct("<8sH16s16sQQ")
 _COMMITTED: Final = struct.Struct("<Q")
 _COMMITTED_AT: Final = 64
@@ -82,7 +84,8 @@ def read_journal(path: Path, key: bytes, owner: bytes) -> list[bytes] | None:
         earlier boot.
 
     Raises:
-        Failure: There is one, and it is not what its owner wrote. It stays as it is.
+        Failure: There is one, and it is not what its owner wrote, or the system has no descriptor
+            or memory to read it (exit status IO_ERROR). It stays as it is.
     """
     content = _read_content(path)
     if content is None:
@@ -127,7 +130,15 @@ def _read_content(path: Path) -> bytes | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise _damaged(path, (error.strerror or str(error)).lower()) from error
+        why = (error.strerror or str(error)).lower()
+        if error.errno in _LACKS:
+            raise Failure(
+                f"cannot read journal {path}",
+                why=why,
+                next_step="It was left as it is. Start the domain again when the system has some.",
+                exit_code=ExitCode.IO_ERROR,
+            ) from error
+        raise _damaged(path, why) from error
     if len(content) < HALVES_AT:
         raise _damaged(path, f"it has {len(content)} bytes")
     magic, version, boot, _, device, inode = _HEAD.unpack_from(content)

@@ -244,6 +244,8 @@ def _told(path: Path) -> Iterator[None]:
     try:
         yield
     except Failure as failure:
+        if failure.exit_code is not ExitCode.DAMAGED:
+            raise
         raise _damaged(path, failure.why) from failure
 
 

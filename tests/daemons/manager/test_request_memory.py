@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 from functools import partial
 from pathlib import Path
 from uuid import UUID
@@ -145,6 +147,25 @@ def test_damaged_file_is_refused_and_stays(path: Path, at: int):
     with pytest.raises(Failure, match="cannot go on from journal"):
         memory_at(path)
     assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("lack", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_file_that_the_system_cannot_open_now_is_not_called_damaged(
+    path: Path, lack: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Nobody is told to remove it, and the launcher tries again."""
+    memory_at(path).begin(Pending(RING, 7, EXTEND))
+    with monkeypatch.context() as lacking:
+
+        def refuse(*_: object) -> int:
+            raise OSError(lack, os.strerror(lack))
+
+        lacking.setattr(os, "open", refuse)
+        with pytest.raises(Failure) as refused:
+            memory_at(path)
+    assert refused.value.exit_code is ExitCode.IO_ERROR
+    assert "rm " not in refused.value.next_step
+    assert memory_at(path).pending == Pending(RING, 7, EXTEND)
 
 
 def test_file_of_another_version_of_the_items_is_refused(path: Path):
