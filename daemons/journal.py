@@ -39,7 +39,7 @@ from typing import Final
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from daemons.errors import ExitCode, Failure
+from daemons.errors import OUT_OF_RESOURCES, ExitCode, Failure
 
 MAGIC: Final = b"VTPM-JNL"
 VERSION: Final = 1
@@ -52,8 +52,6 @@ SIZE_BYTES_MAX: Final = 64 * 1024 * 1024
 HALVES_AT: Final = 128
 BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
-_LACKS: Final = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
-"""What is no fault of a file, and may pass."""
 _HEAD: Final = struct.Struct("<8sH16s16sQQ")
 _COMMITTED: Final = struct.Struct("<Q")
 _COMMITTED_AT: Final = 64
@@ -131,7 +129,7 @@ def _read_content(path: Path) -> bytes | None:
         return None
     except OSError as error:
         why = (error.strerror or str(error)).lower()
-        if error.errno in _LACKS:
+        if error.errno in OUT_OF_RESOURCES:
             raise Failure(
                 f"cannot read journal {path}",
                 why=why,

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from daemons.errors import OUT_OF_RESOURCES
 from daemons.listeners import Listener, peer_credentials
 from daemons.sd_notify import Notifier
 from protocol.wire import DecodeError
@@ -33,7 +34,6 @@ ACCEPT_RETRY_S: Final = 0.1
 """Pause after the system had no descriptor or memory for one more connection."""
 STOPS: Final = frozenset({signal.SIGTERM, signal.SIGINT})
 PEER_FAULTS: Final = (DecodeError, ConnectionError, TimeoutError)
-_OUT_OF_RESOURCES: Final = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 _THREAD_ENDED: Final = 0
 """What a thread that ended by a bug writes where signals write their numbers."""
 
@@ -169,7 +169,7 @@ class ThreadService:
         try:
             client, _ = door.listener.socket.accept()
         except OSError as error:
-            if error.errno in _OUT_OF_RESOURCES:
+            if error.errno in OUT_OF_RESOURCES:
                 self._log("error", "cannot accept", reason=error.strerror)
                 time.sleep(ACCEPT_RETRY_S)
             elif error.errno not in {errno.ECONNABORTED, errno.EAGAIN}:

@@ -23,7 +23,7 @@ from typing import Final
 
 import trio
 
-from daemons.errors import ExitCode, Failure
+from daemons.errors import OUT_OF_RESOURCES, ExitCode, Failure
 from daemons.launcher.last_words import LastWords
 from daemons.launcher.process_states import SETTLED, TRANSITIONS, Event, State
 from daemons.launcher.spawner import Process
@@ -458,7 +458,7 @@ class Supervisor:
         self._changes.announce()
 
 
-_NO_ROOM: Final = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+_NO_ROOM: Final = OUT_OF_RESOURCES | {errno.ENOSPC, errno.EDQUOT}
 
 
 def _is_about_room(failure: Failure) -> bool:
