@@ -102,7 +102,7 @@ def open_vault(  # noqa: PLR0913 - everything there is at a start
     else:
         progress("unsealing the manager's key")
         vault, sealed = _open(disk, chip, anchor, rng)
-    _settle_anchor(disk, vault, anchor, rng)
+    _settle_anchor(disk, vault, anchor, wishes, rng)
     _count_start(disk, vault, anchor)
     sealed = _renewed(chip, vault, sealed, wishes, progress=progress, rng=rng)
     # A session is kept from the first save on; a manager that has nothing to save leaves none.
@@ -123,7 +123,7 @@ def create_vault(
         seals=(sealed,),
         random_bytes=rng.random,
         anchor=anchor,
-        anchorage=_new_anchorage(anchor, rng),
+        anchorage=_new_anchorage(anchor, wishes, rng),
     )
     return vault, sealed
 
@@ -184,8 +184,10 @@ def _require_no_anchor(disk: Disk, anchor: ChipAnchor, wishes: Wishes, progress:
         )
 
 
-def _new_anchorage(anchor: ChipAnchor, rng: Rng) -> Anchorage:
-    taken = anchor.indices()
+def _new_anchorage(anchor: ChipAnchor, wishes: Wishes, rng: Rng) -> Anchorage:
+    # Settings are measured, so the one that gives an anchor up stays with the vault that was made
+    # under it. It must not come to mean that vault's own.
+    taken = {*anchor.indices(), wishes.abandoned_anchor}
     free = next((index for index in NV_INDICES if index not in taken), None)
     if free is None:
         raise Failure(
@@ -197,14 +199,14 @@ def _new_anchorage(anchor: ChipAnchor, rng: Rng) -> Anchorage:
     return Anchorage(nv_index=free, secret=rng.random(SECRET_BYTES), is_confirmed=False)
 
 
-def _settle_anchor(disk: Disk, vault: Vault, anchor: ChipAnchor, rng: Rng) -> None:
+def _settle_anchor(disk: Disk, vault: Vault, anchor: ChipAnchor, wishes: Wishes, rng: Rng) -> None:
     """Finish the anchoring of a vault that is new, or was written by version 1."""
     anchorage = vault.anchorage
     if anchorage is None:
         if anchor.indices():
             # It was anchored since: this is a copy from before.
             raise RolledBack(disk.name, vault.sequence, vault.sequence + 1)
-        anchorage = _new_anchorage(anchor, rng)
+        anchorage = _new_anchorage(anchor, wishes, rng)
         vault.set_anchorage(anchorage)
     if anchorage.is_confirmed:
         return

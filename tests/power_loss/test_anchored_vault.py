@@ -314,9 +314,12 @@ def test_a_blank_image_is_refused_where_the_chip_remembers_another(used, blank, 
     wishes = replace(WISHES, abandoned_anchor=0x15000)
     vault = restored.start(wishes)
     assert len(vault) == 0
-    # The setting may stay: it means an anchor that this vault has now, and no blank image.
+    # The setting stays, because settings are measured; it does not come to mean this vault.
     vault.save(record_of(1))
     assert len(restored.start(wishes)) == 1
+    blank_again = platform_on(with_image(restored.machine.contents, blank), tmp_path)
+    with pytest.raises(Failure, match="remembers another"):
+        blank_again.start(wishes)
 
 
 def test_a_counter_that_outlived_its_area_is_not_taken_for_a_new_vault_s(used, blank, tmp_path):
