@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Final
+from typing import Final, TypeVar
 
 from daemons.errors import ExitCode, Failure
 from daemons.manager.anchoring import Anchored
@@ -23,9 +23,11 @@ from daemons.manager.chip import Chip, ChipRefusal
 from daemons.manager.vault_format import Anchorage
 from protocol.constants import CapabilityArea, NvAttribute, Ordinal, ResourceType
 from protocol.return_codes import ReturnCode, TpmError
-from protocol.structures import UNRESTRICTED_PCR_INFO
+from protocol.structures import UNRESTRICTED_PCR_INFO, CounterValue
 from tpm12.client import TpmClient
-from tpm12.client_core import Use
+from tpm12.client_core import BadResponseError, Use
+
+T = TypeVar("T")
 
 NV_INDICES: Final = range(0x00015000, 0x00015010)
 """Where anchors are; one that is there means that a manager has used this chip."""
@@ -46,7 +48,21 @@ _NO_COUNTER: Final = {
         ExitCode.UNAVAILABLE,
     )
 }
+_ASKED_MAX: Final = 4
 _DOING: Final = "keep the number of the manager's newest root in the hardware TPM"
+
+
+def _asked_twice(ask: Callable[[], T]) -> T:
+    """Ask for what the chip tells without authorization, until it has told the same twice.
+
+    Nothing else shows that an answer was changed on its way, and by what is told here images are
+    refused and counters moved.
+    """
+    for _ in range(_ASKED_MAX):
+        told = ask()
+        if ask() == told:
+            return told
+    raise BadResponseError("it tells another thing each time it is asked")
 
 
 class AnchorRefused(Failure):
@@ -70,7 +86,7 @@ class ChipAnchor:
     def indices(self) -> tuple[int, ...]:
         """The areas that are there for anchors."""
         with self._chip.operation("list the NV areas of the hardware TPM") as tpm:
-            listed = tpm.get_capability(CapabilityArea.NV_LIST)
+            listed = _asked_twice(lambda: tpm.get_capability(CapabilityArea.NV_LIST))
         found = struct.unpack(f">{len(listed) // 4}I", listed[: len(listed) // 4 * 4])
         return tuple(index for index in found if index in NV_INDICES)
 
@@ -154,7 +170,7 @@ class ChipAnchor:
         """The counter's value; None when it is not there."""
         with self._chip.operation("read a counter of the hardware TPM") as tpm:
             try:
-                found = tpm.read_counter(anchorage.counter_id)
+                found = _asked_twice(lambda: tpm.read_counter(anchorage.counter_id))
             except TpmError as error:
                 if error.code != ReturnCode.BAD_COUNTER:
                     raise
@@ -178,11 +194,16 @@ class ChipAnchor:
             tpm.call(Ordinal.RELEASE_COUNTER_OWNER, use, count_id=count_id)
 
     @staticmethod
-    def _counters(tpm: TpmClient, nv_index: int) -> Iterator[tuple[int, int]]:
-        for count_id in tpm.handles(ResourceType.COUNTER):
-            found = tpm.read_counter(count_id)
-            if found.label == _label(nv_index):
-                yield count_id, found.counter
+    def _counters(tpm: TpmClient, nv_index: int) -> list[tuple[int, int]]:
+        def ask() -> list[tuple[int, CounterValue]]:
+            handles = tpm.handles(ResourceType.COUNTER)
+            return [(count_id, tpm.read_counter(count_id)) for count_id in handles]
+
+        return [
+            (count_id, found.counter)
+            for count_id, found in _asked_twice(ask)
+            if found.label == _label(nv_index)
+        ]
 
     @contextlib.contextmanager
     def _explained(self, anchorage: Anchorage) -> Iterator[None]:

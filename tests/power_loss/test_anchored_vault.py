@@ -63,6 +63,8 @@ class DurableLink(EngineLink):
         )
         self.engine = self.tpm._engine
         self.kill_at: int | None = None
+        self.garble: tuple[int, int] | None = None
+        """Of which command's answer one bit is changed on its way, and in which byte."""
         self.commands = 0
         self.tpm.power_on_and_start()
         self.firmware.extend(0, bytes(20))
@@ -78,6 +80,10 @@ class DurableLink(EngineLink):
         response = super().execute(request)
         if number * 2 + 1 == self.kill_at:
             raise KilledError
+        if self.garble is not None and number == self.garble[0]:
+            garbled = bytearray(response)
+            garbled[self.garble[1] % len(garbled)] ^= 1
+            return bytes(garbled)
         return response
 
     def _run(self, request: bytes, locality: int) -> bytes:
@@ -299,6 +305,26 @@ def test_another_counter_of_the_chip_does_not_keep_the_manager_out(used, tmp_pat
     last = platform_on(platform.machine.contents, tmp_path)
     last.start()
     assert last.start().anchorage.counter_value == before.counter_value + 1
+
+
+@pytest.mark.parametrize("start", ["blank", "used"])
+@pytest.mark.parametrize("byte", [-1, -5, 13])
+def test_an_answer_that_was_changed_on_its_way_costs_no_vault(start, byte, request, tmp_path):
+    """One bit of any answer of the chip: a start may be refused, and the next one is as ever."""
+    contents = request.getfixturevalue(start)
+    stored = 0 if start == "used" else -1
+    for number in itertools.count():
+        platform = platform_on(contents, tmp_path)
+        platform.link.garble = (number, byte)
+        with contextlib.suppress(Failure):
+            platform.start()
+        platform.link.garble = None
+        vault = platform.start()
+        assert generation_of(vault) == stored, number
+        assert len(platform.link.engine.state.permanent.counters) == 1
+        assert len(platform.link.engine.state.permanent.nv) == 1
+        if number >= platform.link.commands:
+            return
 
 
 # -- blank images, older formats -------------------------------------------------------------------
