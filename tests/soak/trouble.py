@@ -36,7 +36,7 @@ STOP_S: Final = (0.05, 1.5)
 """How long a stopped process stands."""
 BACK_S: Final = 120.0
 """How long the stack may take to be whole again."""
-PAGE_BYTES: Final = 4096
+STRETCH_BYTES: Final = 256
 HEADER_BYTES: Final = 32
 """No store has a shorter one."""
 
@@ -168,11 +168,15 @@ class Storm:
 # -- damage ----------------------------------------------------------------------------------------
 
 
-def one_bit_a_page(content: bytes, chance: random.Random) -> bytes:
-    """Flip a bit in each page that holds anything."""
+def one_bit_a_stretch(content: bytes, chance: random.Random) -> bytes:
+    """Flip a bit in each stretch that holds anything.
+
+    A journal that has just begun its other half is a snapshot and a head among what is not read any
+    more: each stretch is so short that one lies whole in the snapshot.
+    """
     damaged = bytearray(content)
-    for at in range(0, len(content), PAGE_BYTES):
-        written = [i for i in range(at, min(at + PAGE_BYTES, len(content))) if content[i]]
+    for at in range(0, len(content), STRETCH_BYTES):
+        written = [i for i in range(at, min(at + STRETCH_BYTES, len(content))) if content[i]]
         if written:
             damaged[chance.choice(written)] ^= 1 << chance.randrange(8)
     return bytes(damaged)
@@ -193,7 +197,7 @@ def noise(content: bytes, chance: random.Random) -> bytes:
     return chance.randbytes(len(content))
 
 
-DAMAGES: Final = (one_bit_a_page, cut_short, zeros, noise)
+DAMAGES: Final = (one_bit_a_stretch, cut_short, zeros, noise)
 
 
 def write_in_place(path: Path, content: bytes) -> None:

@@ -1,12 +1,16 @@
 """A short soak, and the proof that a soak would notice. `python -m tests.soak` is the long one."""
 
 import json
+import random
 import re
 import subprocess
 import sys
 
 import pytest
 
+from daemons.errors import Failure
+from daemons.journal import Journal, read_journal
+from tests.soak.trouble import one_bit_a_stretch, write_in_place
 from tests.system.scratch_stack import PROJECT
 
 pytestmark = pytest.mark.slow
@@ -24,6 +28,25 @@ def soak(log, *options):
         timeout=PATIENCE_S,
         check=False,
     )
+
+
+def test_control_flipped_bits_hit_what_is_read_of_a_journal_that_has_just_begun_its_other_half(
+    tmp_path, seed
+):
+    """So that a journal which is gone on with after that is a finding."""
+    path, snapshot = tmp_path / "journal", random.Random(seed).randbytes(1200)
+    journal = Journal(path, bytes(32), b"vtpm", snapshot)
+    while journal.append(snapshot):
+        pass
+    journal.restart(snapshot)
+    journal.close()
+    good = path.read_bytes()
+    for chance in map(random.Random, range(seed, seed + 100)):
+        write_in_place(path, one_bit_a_stretch(good, chance))
+        with pytest.raises(Failure):
+            read_journal(path, bytes(32), b"vtpm")
+    write_in_place(path, good)
+    assert read_journal(path, bytes(32), b"vtpm") == [snapshot]
 
 
 def test_stack_is_at_its_baseline_after_load_attack_kills_and_damage(tmp_path, seed):
