@@ -1,5 +1,6 @@
 """A short soak, and the proof that a soak would notice. `python -m tests.soak` is the long one."""
 
+import contextlib
 import json
 import random
 import re
@@ -43,8 +44,9 @@ def test_control_flipped_bits_hit_what_is_read_of_a_journal_that_has_just_begun_
     good = path.read_bytes()
     for chance in map(random.Random, range(seed, seed + 100)):
         write_in_place(path, one_bit_a_stretch(good, chance))
-        with pytest.raises(Failure):
-            read_journal(path, bytes(32), b"vtpm")
+        # Or it is none of this boot any more, which is refused to who has to go on.
+        with contextlib.suppress(Failure):
+            assert read_journal(path, bytes(32), b"vtpm") is None
     write_in_place(path, good)
     assert read_journal(path, bytes(32), b"vtpm") == [snapshot]
 
