@@ -96,16 +96,25 @@ def bring_up(files: Sequence[DomainFile], root: str | None, step: Step) -> list[
     """
     start_launcher(places_of(root), step)
     ask(root, "power_on", step)
-    rows = ask(root, "list")
-    there = {row["name"] for row in rows if not row["state"].startswith("failed")}
+    there = _names_there(root)
     created: list[object] = []
     for file in files:
-        if file.name in there:
-            wait_for_domain(file.name, root, step)
-        else:
+        if file.name not in there:
             step(f"creating {file.name}")
-            created.append(create_domain(file, root, step))
+            try:
+                created.append(create_domain(file, root, step))
+                continue
+            except Failure:
+                # Somebody else may have been quicker; then it is there, and is waited for.
+                if file.name not in _names_there(root):
+                    raise
+        wait_for_domain(file.name, root, step)
     return created
+
+
+def _names_there(root: str | None) -> set[str]:
+    """The domains that need not be created."""
+    return {row["name"] for row in ask(root, "list") if not row["state"].startswith("failed")}
 
 
 def down(root: Root = None) -> None:

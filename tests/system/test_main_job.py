@@ -11,7 +11,9 @@ import pytest
 from tests.system.measured_boot import boot_pcrs
 from tests.system.scratch_stack import (
     ALL,
+    COMMAND_S,
     EXAMPLES,
+    FIRST_CHAIN,
     GUEST1,
     GUEST2,
     KERNELS,
@@ -89,6 +91,14 @@ def test_up_again_leaves_what_runs_alone(stack):
     after = stack.pids()
     assert {name: after[name] for name in before} == before
     assert set(after) - set(before) == {VTPM2}
+
+
+def test_up_of_several_at_once_is_up_for_each_of_them(stack):
+    ups = [stack.begin("up", *(example(name) for name in FIRST_CHAIN)) for _ in range(3)]
+    for up in ups:
+        _, said = up.communicate(timeout=COMMAND_S)
+        assert up.returncode == 0, said
+    stack.until_running(*FIRST_CHAIN)
 
 
 def test_root_option_is_the_same_as_the_variable(running):
