@@ -55,10 +55,10 @@ def asymmetric_change(side):
         ("AES", identity, AIK_AUTH, rsa_parms(algorithm=6)),
         ("good", identity, AIK_AUTH, TEMP),
     ):
-        answer = _started(side.rested(), handle, secret, parms)
+        answer = started(side.rested(), handle, secret, parms)
         side.note(f"start {name}", answer)
         forgive(side)
-    ephemeral, modulus = _ephemeral(answer.ok())
+    ephemeral, modulus = ephemeral_key(answer.ok())
     key = side.note("key", wrap(side.rested(), signing())).ok()
     _, data = sealed_parts(side.note("data", seal(side.rested(), b"data", secret=KEY_AUTH)).ok())
     parent, _ = side.note("parent", loaded(side.rested(), storage(pcr_info=pcr_info(10))))
@@ -90,11 +90,11 @@ def asymmetric_change(side):
             side.note(f"load {name}", load(side.rested(), movers.rewrapped(key, out)))
 
 
-def _started(tpm, identity, secret, parms):
+def started(tpm, identity, secret, parms):
     return tpm.auth(ASYM_START, ZERO + parms, tpm.oiap(secret).ending(), handles=u32(identity))
 
 
-def _ephemeral(body):
+def ephemeral_key(body):
     """Handle and modulus of the key in an answer of TPM_ChangeAuthAsymStart."""
     rest = body[11 + len(TEMP) + 45 :]
     _, rest = parse_sized(rest)

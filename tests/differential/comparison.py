@@ -19,6 +19,7 @@ from tests.differential import (
     fips_scenarios,
     firmware_scenarios,
     nv_scenarios,
+    order_scenarios,
     owner_scenarios,
     refusal_scenarios,
     session_scenarios,
@@ -47,6 +48,7 @@ MODULES = (
     refusal_scenarios,
     firmware_scenarios,
     fips_scenarios,
+    order_scenarios,
 )
 SCENARIOS = {name: entry for module in MODULES for name, entry in module.SCENARIOS.items()}
 NAMES = (*SCENARIOS, *engine_tests.chosen())
