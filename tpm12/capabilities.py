@@ -266,7 +266,8 @@ def _auth_encrypt(tpm: Tpm, sub_cap: bytes) -> bytes:
 
 def _select_size(_tpm: Tpm, sub_cap: bytes) -> bytes:
     asked = decode(SelectSize, sub_cap)
-    if asked.major != 1:
+    # "This MUST be 0x01" and "This MAY be 0x01 or 0x02" (Part 2 §5.18).
+    if asked.major != 1 or asked.minor not in {1, 2}:
         raise TpmError(ReturnCode.BAD_PARAMETER)
     return _bool(1 <= asked.req_size <= PCR_SELECT_BYTES_MAX)
 

@@ -49,7 +49,7 @@ from tests.tpm12.witness import (
 )
 
 UNSEAL, CERTIFY_KEY, CERTIFY_KEY2, SIGN, GET_PUB_KEY = 0x18, 0x32, 0x33, 0x3C, 0x21
-GET_TICKS = 0xF1
+GET_TICKS, GET_CAPABILITY, SELECT_SIZE = 0xF1, 0x65, 0x18
 CREATE_MIGRATION_BLOB, ACTIVATE_IDENTITY = 0x28, 0x7A
 NV_DEFINE_SPACE, QUOTE, QUOTE2, PCR_RESET, FLUSH = 0xCC, 0x16, 0x3E, 0xC8, 0xBA
 BEYOND = u16(0xFFFF) + bytes(3)
@@ -244,7 +244,19 @@ def sizes(side):
                 forgive(side)
 
 
+# -- what is told ----------------------------------------------------------------------------------
+
+
+def versions_of_a_selection(side):
+    """TPM_CAP_SELECT_SIZE for versions that there are and that there are not."""
+    for major in range(3):
+        for minor in range(5):
+            params = u32(SELECT_SIZE) + sized(u8(major) + u8(minor) + u16(3))
+            side.note(f"version {major}.{minor}", side.tpm.send(GET_CAPABILITY, params))
+
+
 SCENARIOS = {
+    "versions of a selection": ("factory", versions_of_a_selection),
     "wrapped frames": ("owned", wrapped_frames),
     "logged keys": ("owned", logged_keys),
     "wrapped asymmetric change": ("owned", wrapped_asymmetric_change),

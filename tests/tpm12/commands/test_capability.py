@@ -205,7 +205,9 @@ def test_select_size(fresh):
     for size in range(6):
         answer = tell(fresh, SELECT_SIZE, b"\1\1" + u16(size))
         assert answer == u8(1 <= size <= 3)
-    assert code(fresh, SELECT_SIZE, b"\0\0" + u16(2)) == ReturnCode.BAD_PARAMETER
+    assert tell(fresh, SELECT_SIZE, b"\1\2" + u16(2)) == TRUE
+    for version in (b"\0\0", b"\2\1", b"\1\0", b"\1\3"):
+        assert code(fresh, SELECT_SIZE, version + u16(2)) == ReturnCode.BAD_PARAMETER
     assert code(fresh, SELECT_SIZE, b"\1\1\0") == ReturnCode.BAD_PARAM_SIZE
 
 
