@@ -2,10 +2,13 @@
 
 from tests.differential.change_scenarios import ASYM_FINISH, NEW, TEMP, ephemeral_key, started
 from tests.differential.owner_scenarios import EXTEND, PCR_READ, forgive, owner
+from tests.tpm12 import delegation_makers as delegate
 from tests.tpm12 import movers
 from tests.tpm12.identities import AIK_AUTH, MAKE_IDENTITY, loaded_identity
 from tests.tpm12.makers import (
+    AREA_AUTH,
     DATA_AUTH,
+    ET_COUNTER,
     ET_KEY,
     ET_OWNER,
     ET_SRK,
@@ -37,6 +40,7 @@ from tests.tpm12.witness import (
     frame,
     hmac1,
     key_template,
+    number,
     oaep,
     parse_key,
     rsa_parms,
@@ -49,6 +53,9 @@ from tests.tpm12.witness import (
 )
 
 UNSEAL, CERTIFY_KEY, CERTIFY_KEY2, SIGN, GET_PUB_KEY = 0x18, 0x32, 0x33, 0x3C, 0x21
+SET_AUDIT, GET_AUDIT_DIGEST, TSC_PRESENCE = 0x8D, 0x85, 0x4000000A
+CREATE_COUNTER, INCREMENT = 0xDC, 0xDD
+NV_READ_VALUE, NV_WRITE_VALUE, DIR = 0xCF, 0xCD, 0x10000001
 GET_TICKS, GET_CAPABILITY, SELECT_SIZE = 0xF1, 0x65, 0x18
 CREATE_MIGRATION_BLOB, ACTIVATE_IDENTITY = 0x28, 0x7A
 NV_DEFINE_SPACE, QUOTE, QUOTE2, PCR_RESET, FLUSH = 0xCC, 0x16, 0x3E, 0xC8, 0xBA
@@ -255,7 +262,58 @@ def versions_of_a_selection(side):
             side.note(f"version {major}.{minor}", side.tpm.send(GET_CAPABILITY, params))
 
 
+def lists(side):
+    """Lists from where they end, and in the order in which they are told."""
+    tpm = side.tpm
+    answer = tpm.auth(SET_AUDIT, u32(TSC_PRESENCE) + u8(1), owner(tpm))
+    side.note("audit presence", answer)
+    for first in (TSC_PRESENCE, TSC_PRESENCE + 1):
+        side.note(f"audited from {first:x}", tpm.send(GET_AUDIT_DIGEST, u32(first)))
+    family = side.note("family", delegate.new_family(side.rested()))
+    side.note("another family", delegate.new_family(side.rested()))
+    session = owner(side.rested())
+    ended = delegate.manage(tpm, delegate.INVALIDATE, family, b"", session)
+    side.note("end the first", ended)
+    side.note("table", tpm.send(delegate.READ_TABLE))
+    family = side.note("a third family", delegate.new_family(side.rested()))
+    side.note("table with the third", tpm.send(delegate.READ_TABLE))
+    answer = delegate.manage(tpm, delegate.ADMIN, family, b"\2", owner(side.rested()))
+    side.note("lock b'\\x02'", answer)
+
+
+def counters_after_a_start(side):
+    """Two counters with one secret, and OSAP sessions of each."""
+    tpm = side.tpm
+    for step in ("first", "second"):
+        session = tpm.osap(ET_OWNER, 0, OWNER_AUTH)
+        answer = tpm.auth(CREATE_COUNTER, session.masked(AREA_AUTH) + b"abcd", session)
+        count_id = number(side.note(step, answer).ok()[:4])
+    for when in ("before", "after"):
+        session = tpm.osap(ET_COUNTER, count_id, AREA_AUTH)
+        answer = tpm.auth(INCREMENT, u32(count_id), session)
+        side.note(f"its own, {when} a start", answer)
+        session = tpm.osap(ET_COUNTER, count_id - 1, AREA_AUTH)
+        answer = tpm.auth(INCREMENT, u32(count_id), session)
+        side.note(f"the other's, {when} a start", answer)
+        side.note("start", side.started())
+
+
+def dir_of_nobody(side):
+    """The DIR and the global lock, with a session, where there is no owner."""
+    for name, ordinal, params in (
+        ("read DIR", NV_READ_VALUE, u32(DIR) + u32(0) + u32(20)),
+        ("write DIR", NV_WRITE_VALUE, u32(DIR) + u32(0) + sized(ZERO)),
+        ("lock", NV_WRITE_VALUE, u32(0) + u32(0) + sized(b"")),
+    ):
+        side.note(name, side.tpm.send(ordinal, params))
+        session = side.tpm.oiap(OWNER_AUTH)
+        side.note(f"{name} as the owner", side.tpm.auth(ordinal, params, session))
+
+
 SCENARIOS = {
+    "lists": ("owned", lists),
+    "counters after a start": ("owned", counters_after_a_start),
+    "DIR of nobody": ("with_ek", dir_of_nobody),
     "versions of a selection": ("factory", versions_of_a_selection),
     "wrapped frames": ("owned", wrapped_frames),
     "logged keys": ("owned", logged_keys),
