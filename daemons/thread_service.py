@@ -23,13 +23,15 @@ from dataclasses import dataclass
 from typing import Final
 
 from daemons.errors import OUT_OF_RESOURCES
-from daemons.listeners import Listener, peer_credentials
+from daemons.listeners import Listener, has_hung_up, peer_credentials
 from daemons.sd_notify import Notifier
 from protocol.wire import DecodeError
 
 CLIENTS_MAX: Final = 64
 DRAIN_S: Final = 5.0
 """How long clients may finish what they do after a stop was asked for."""
+LEAVE_S: Final = 0.5
+"""How long who comes to a full door waits for those there who have closed their end."""
 ACCEPT_RETRY_S: Final = 0.1
 """Pause after the system had no descriptor or memory for one more connection."""
 STOPS: Final = frozenset({signal.SIGTERM, signal.SIGINT})
@@ -185,9 +187,9 @@ class ThreadService:
         Returns:
             False: too many have come in there, or there is no thread for it; it is the caller's.
         """
+        self._those_who_left_have_gone(door)
         with self._turn:
-            open_there = sum(client.door is door for client in self._clients.values())
-            if open_there >= door.clients_max:
+            if len(self._threads_of(door)) >= door.clients_max:
                 self._log("error", "refused a client", reason="too many are connected")
                 return False
             thread = threading.Thread(target=self._serve, args=(client, door), daemon=True)
@@ -198,6 +200,24 @@ class ThreadService:
                 return False
             self._clients[thread] = _Client(client, door)
         return True
+
+    def _threads_of(self, door: Door) -> list[threading.Thread]:
+        """Who serves the clients of a door, with the turn held."""
+        return [thread for thread, client in self._clients.items() if client.door is door]
+
+    def _those_who_left_have_gone(self, door: Door) -> None:
+        """Wait for the threads of a full door whose clients have closed their end.
+
+        Else one who closes and comes again at once is one too many whenever our thread was slower.
+        """
+        with self._turn:
+            there = self._threads_of(door)
+            if len(there) < door.clients_max:
+                return
+            left = [each for each in there if has_hung_up(self._clients[each].connection)]
+        end = time.monotonic() + LEAVE_S  # it may be in the midst of a long command
+        for thread in left:
+            thread.join(max(0.0, end - time.monotonic()))
 
     def _serve(self, client: socket.socket, door: Door) -> None:
         peer_pid = 0

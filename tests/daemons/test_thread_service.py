@@ -168,6 +168,25 @@ def test_more_clients_than_there_is_room_for_are_closed(folder):
     assert ("error", "refused a client", {"reason": "too many are connected"}) in running.lines
 
 
+def test_one_who_closes_and_comes_again_at_once_is_not_one_too_many(folder):
+    """Also when the thread that serves it has not seen yet that it has gone."""
+    has_gone = threading.Event()
+
+    def slow_to_see(client, _pid):
+        echo(client, 0)
+        has_gone.wait(0.05)
+
+    running = Running(folder, slow_to_see, clients_max=1)
+
+    def act():
+        for _ in range(3):
+            with running.connect() as client:
+                client.sendall(b"x")
+                assert client.recv(10) == b"x"
+
+    running.run(act)
+
+
 def test_a_signal_that_came_before_ends_it_at_once(folder):
     running = Running(folder, echo)
     with Signals(STOPS | {signal.SIGHUP}) as signals:
