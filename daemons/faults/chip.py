@@ -1,6 +1,7 @@
 """The chip's faults: registers that say "busy", and another locality that seizes the TPM.
 
-Both outlive the process that they began in: the page says until when.
+Both outlive the process that they began in: the page says until when. They do not outlive the run:
+a chip that is killed after it has no hooks, and nobody who would give the locality back.
 
 Source: TCG PC Client TIS 1.2 rev 1.21: commandReady, dataAvail, burstCount; Seize of an access
 register.
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 SEIZING_LOCALITY: Final = 3
 """Who seizes: an operating system's highest, or locality 4 where that one is active."""
+LOOK_AGAIN_S: Final = 0.05
+"""How often it is looked whether the run is over, which gives nobody a sign."""
 _NOT_DECODED: Final = 0xFF
 _WITHHELD: Final = Status.COMMAND_READY | Status.DATA_AVAIL
 
@@ -48,16 +51,23 @@ class OtherLocality:
     Args:
         page: Where it is remembered who has seized, and until when.
         server: The chip.
+        is_wanted: Tells whether the process that asked for faults still lives.
         later: Calls something later.
     """
 
-    def __init__(self, page: Page, server: TisServer, later: StartTimer = start_timer) -> None:
+    def __init__(
+        self,
+        page: Page,
+        server: TisServer,
+        is_wanted: Callable[[], bool],
+        later: StartTimer = start_timer,
+    ) -> None:
         self._page = page
         self._server = server
+        self._is_wanted = is_wanted
         self._later = later
-        seizure = page.seizure
-        if seizure is not None:  # the process in which it was made was killed
-            self._later(max(0.0, (seizure[1] - now_us()) / 1e6), self._give_back)
+        if page.seizure is not None:  # the process in which it was made was killed
+            self._give_back_in_time()
 
     def seize(self, for_s: float) -> None:
         """Seize the TPM; its command is aborted. Not from a thread that holds the registers."""
@@ -67,14 +77,20 @@ class OtherLocality:
         by = SEIZING_LOCALITY if active is None or active < SEIZING_LOCALITY else LOCALITIES - 1
         self._page.seizure = (by, now_us() + round(for_s * 1e6))
         self._server.write(Write(locality=by, offset=Register.ACCESS, data=bytes([Access.SEIZE])))
-        self._later(for_s, self._give_back)
+        self._give_back_in_time()
 
-    def _give_back(self) -> None:
+    def _give_back_in_time(self) -> None:
+        """Give the TPM back when it is time, or when the run is over."""
         seizure = self._page.seizure
-        if seizure is not None:
-            given_up = bytes([Access.ACTIVE_LOCALITY])
-            self._server.write(Write(locality=seizure[0], offset=Register.ACCESS, data=given_up))
-            self._page.seizure = None
+        if seizure is None:
+            return
+        left_s = (seizure[1] - now_us()) / 1e6
+        if left_s > 0.0 and self._page.generation and self._is_wanted():
+            self._later(min(left_s, LOOK_AGAIN_S), self._give_back_in_time)
+            return
+        given_up = bytes([Access.ACTIVE_LOCALITY])
+        self._server.write(Write(locality=seizure[0], offset=Register.ACCESS, data=given_up))
+        self._page.seizure = None
 
 
 def asks_for_status(message: bytes) -> bool:

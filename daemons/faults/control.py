@@ -10,9 +10,10 @@ import contextlib
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from daemons.errors import ExitCode, Failure
 from daemons.faults.hooks import (
@@ -25,6 +26,10 @@ from daemons.faults.hooks import (
 )
 from daemons.faults.page import Page
 from daemons.places import Places
+
+GIVE_BACK_S: Final = 5.0
+"""How long a chip that was seized may take, at the end, to be given back; it may be starting."""
+LOOK_AGAIN_S: Final = 0.02
 
 Line = Mapping[str, Any]
 """A line of a daemon's run log: time, fault, where, what, operation."""
@@ -68,6 +73,7 @@ class FaultControl:
 
     def __exit__(self, *_: object) -> None:
         self.disarm()
+        self._wait_for_the_chip()
         for page in self._pages.values():
             page.close()
         with contextlib.suppress(OSError):
@@ -92,6 +98,12 @@ class FaultControl:
         """Let nothing happen, and count nothing, until the next `arm`."""
         for page in self._pages.values():
             page.disarm()
+
+    def _wait_for_the_chip(self) -> None:
+        """Wait until a chip that was seized is given back: without our page nobody could do it."""
+        end = time.monotonic() + GIVE_BACK_S
+        while any(page.seizure for page in self._pages.values()) and time.monotonic() < end:
+            time.sleep(LOOK_AGAIN_S)
 
     def has_hooks(self, domain: str, pid: int | None) -> bool:
         """Tell whether this process of a domain has hooks."""

@@ -88,7 +88,7 @@ class Injection:
 
     def attach_chip(self, server: TisServer) -> None:
         """Know the chip, for another locality to seize it."""
-        self._other_locality = OtherLocality(self._page, server)
+        self._other_locality = OtherLocality(self._page, server, self.is_wanted)
 
     def monotonic_s(self) -> float:
         """The clock as `time.monotonic` tells it."""

@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from daemons.faults import chip
 from daemons.faults.chip import OtherLocality, as_of_a_busy_chip, asks_for_status
 from daemons.faults.hooks import PAGE_BYTES
 from daemons.faults.page import Page, now_us
@@ -38,9 +39,27 @@ class Later:
         self.waiting.append((after_s, call))
 
     def run_out(self):
-        for _, call in self.waiting:
+        waiting, self.waiting = self.waiting, []
+        for _, call in waiting:
             call()
-        self.waiting.clear()
+
+
+class Run:
+    """The process that asked for faults."""
+
+    def __init__(self):
+        self.lives = True
+
+    def __call__(self):
+        return self.lives
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """This moment, which the test moves."""
+    moment_us = [now_us()]
+    monkeypatch.setattr(chip, "now_us", lambda: moment_us[0])
+    return moment_us
 
 
 @pytest.fixture
@@ -48,23 +67,39 @@ def page(tmp_path):
     descriptor = os.open(tmp_path / "page", os.O_RDWR | os.O_CREAT, 0o600)
     os.truncate(descriptor, PAGE_BYTES)
     made = Page(descriptor)
+    made.arm(1)
     os.close(descriptor)
     yield made
     made.close()
 
 
 @pytest.mark.parametrize(("active", "by"), [(None, 3), (0, 3), (2, 3), (3, 4)])
-def test_another_locality_seizes_and_gives_back(page, active, by):
+def test_another_locality_seizes_and_gives_back(page, clock, active, by):
     server, later = Server(), Later()
-    other = OtherLocality(page, server, later)
+    other = OtherLocality(page, server, Run(), later)
     if active is not None:
         server.device.write(active, 0x00, b"\x02")
     other.seize(FOR_S)
-    assert server.device.active_locality == by
     if active is not None:
         assert server.device.read(active, 0x00)[0] & 0x10, "beenSeized"
-    ((after_s, _),) = later.waiting
-    assert after_s == FOR_S
+    clock[0] += round(FOR_S * 1e6) - 1
+    later.run_out()
+    assert server.device.active_locality == by
+    clock[0] += 1
+    later.run_out()
+    assert server.device.active_locality is None
+    assert page.seizure is None
+    assert not later.waiting
+
+
+@pytest.mark.parametrize("end", ["disarmed", "killed"])
+def test_it_gives_back_when_the_run_is_over(page, end):
+    server, later, run = Server(), Later(), Run()
+    OtherLocality(page, server, run, later).seize(FOR_S)
+    if end == "disarmed":
+        page.disarm()
+    else:
+        run.lives = False
     later.run_out()
     assert server.device.active_locality is None
     assert page.seizure is None
@@ -72,18 +107,19 @@ def test_another_locality_seizes_and_gives_back(page, active, by):
 
 def test_a_second_seizure_at_the_same_time_does_nothing(page):
     server, later = Server(), Later()
-    other = OtherLocality(page, server, later)
+    other = OtherLocality(page, server, Run(), later)
     other.seize(FOR_S)
     other.seize(FOR_S)
     assert len(later.waiting) == 1
 
 
-def test_the_process_that_follows_a_killed_one_gives_back(page):
+def test_the_process_that_follows_a_killed_one_gives_back(page, clock):
     server, later = Server(), Later()
-    OtherLocality(page, server, Later()).seize(FOR_S)
-    successor = OtherLocality(page, server, later)
-    ((after_s, _),) = later.waiting
-    assert 0 < after_s <= FOR_S
+    OtherLocality(page, server, Run(), Later()).seize(FOR_S)
+    successor = OtherLocality(page, server, Run(), later)
+    later.run_out()
+    assert server.device.active_locality == 3
+    clock[0] += round(FOR_S * 1e6)
     later.run_out()
     assert server.device.active_locality is None
     successor.seize(FOR_S)
@@ -92,7 +128,7 @@ def test_the_process_that_follows_a_killed_one_gives_back(page):
 
 def test_page_of_a_chip_that_was_never_seized(page):
     later = Later()
-    OtherLocality(page, Server(), later)
+    OtherLocality(page, Server(), Run(), later)
     assert later.waiting == []
     assert page.busy_until_us < now_us()
 

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ from daemons.errors import ExitCode, Failure
 from daemons.faults import injection
 from daemons.faults.control import FaultControl
 from daemons.faults.hooks import NO_HOOKS, directory_of, hooks_of
-from daemons.faults.page import now_us
+from daemons.faults.page import Page, now_us
 from daemons.places import Places
 from daemons.world import SystemClock
 
@@ -391,3 +392,24 @@ def test_a_process_dies_at_a_step_of_its_disk(places, control, image, plan, writ
 
     assert in_a_child(save) == -signal.SIGKILL
     assert image.read_bytes()[:4096] == written
+
+
+def test_a_run_ends_when_the_chip_that_it_seized_is_given_back(places):
+    """Its page goes with it, and whoever starts without a page knows of no seizure."""
+    with FaultControl(places, ["hwtpm"]) as control:
+        control.arm(b"")
+        with (directory_of(places) / "hwtpm.page").open("r+b") as file:
+            page = Page(file.fileno())
+        page.seizure = (3, now_us() + 10**9)
+
+        def give_back():
+            while page.generation:
+                time.sleep(0.01)
+            time.sleep(0.1)
+            page.seizure = None
+
+        chip = threading.Thread(target=give_back)
+        chip.start()
+    assert page.seizure is None
+    chip.join()
+    page.close()
