@@ -108,6 +108,7 @@ class FaultRun:
     _stopped: Stopped = field(default_factory=Stopped)
     _turn: threading.Lock = field(default_factory=threading.Lock)
     _launcher_kills: int = 0
+    _launcher_back_s: float = 0.0
     _is_starting: bool = False
     _is_over: threading.Event = field(default_factory=threading.Event)
 
@@ -274,9 +275,14 @@ class FaultRun:
     def _do(self, due: Due, fault: Fault) -> None:
         name = fault.where.domain
         note = ""
+        # We were starting it then, and could not look. Were each kill that was due meanwhile made
+        # up for, and followed by a start, a run would go on long after its end.
+        is_late = name == LAUNCHER and due.at_s < self._launcher_back_s
         if due.is_end:
             self._stopped.resume(fault.number)
             what = "continue"
+        elif is_late:
+            what, note = fault.what.value, "not done, it was being started"
         elif fault.what is What.STOP:
             what = fault.what.value
             process = self._process_of(name)
@@ -289,8 +295,9 @@ class FaultRun:
         self._add(
             Injected(at_s=at_s, fault=fault.number, where=str(fault.where), what=what, note=note)
         )
-        if name == LAUNCHER and fault.what is What.KILL and not self._is_starting:
+        if name == LAUNCHER and fault.what is What.KILL and not is_late and not self._is_starting:
             self.revive()
+            self._launcher_back_s = self._passed_s()
 
     def _kill(self, name: str) -> bool:
         with self._turn:

@@ -114,3 +114,29 @@ def test_a_start_that_fails_by_itself_is_not_tried_again(launcher, monkeypatch):
 
     started(launcher.places, bring_up, monkeypatch, is_slow_s=0)
     assert tries == [0]
+
+
+def test_kills_that_are_due_while_the_launcher_is_being_started_are_not_made_up_for(launcher):
+    """Else a run of half a second would go on for as many starts as it has kills."""
+    starts = []
+
+    def revive():
+        launcher.processes[-1].wait(10)
+        time.sleep(0.2)
+        launcher.start()
+        starts.append(len(starts))
+
+    row = {"state": "running", "pid": os.getpid(), "role": "domain0"}
+    run = FaultRun(
+        places=launcher.places,
+        ask=lambda _: {"domains": [], "launcher": row, "chip": row},
+        revive=revive,
+        tell=lambda _: None,
+        step=lambda _: None,
+    )
+    plan = PLAN.replace(b"at_s", b"every_s")
+    assert run.run(parse_plan(plan, "plan"), plan, "plan", 0.5) == []
+    done = [line for line in run.injected if not line.note]
+    assert len(done) == len(starts) <= 3
+    assert len(run.injected) == 10
+    assert {line.note for line in run.injected} == {"", "not done, it was being started"}
