@@ -121,10 +121,15 @@ def extend(
 @app.command()
 def random(context: typer.Context, count: Size) -> None:
     """Print random bytes of the TPM in hex."""
+    from tpm12.client_core import BadResponseError  # noqa: PLC0415 - slow to import
+
     drawn = b""
     with _tpm(context) as tpm:
         while len(drawn) < count:  # a TPM gives what fits into one answer
-            drawn += tpm.get_random(count - len(drawn))
+            more = tpm.get_random(count - len(drawn))
+            if not more:
+                raise BadResponseError("TPM_GetRandom: no byte of those that were asked for")
+            drawn += more
     print_line(drawn.hex())
 
 
@@ -262,11 +267,13 @@ def _say_presence(tpm: TpmClient, *, is_there: bool) -> None:
 
 @contextmanager
 def _tpm(context: typer.Context) -> Iterator[TpmClient]:
-    """The chosen TPM; a refusal of it becomes a failure that names the code."""
+    """The chosen TPM; its refusal, and an answer that is none, become failures that say so."""
     from daemons.guest.tpm0_client import Tpm0Client  # noqa: PLC0415 - slow to import
     from daemons.world import SystemRng  # noqa: PLC0415
     from protocol.return_codes import TpmError  # noqa: PLC0415
+    from protocol.wire import DecodeError  # noqa: PLC0415
     from tpm12.client import TpmClient  # noqa: PLC0415
+    from tpm12.client_core import BadResponseError  # noqa: PLC0415
 
     guest, root = context.obj
     path = Path(guest) if "/" in guest else tpm0_of(guest, root)
@@ -278,6 +285,13 @@ def _tpm(context: typer.Context) -> Iterator[TpmClient]:
                 f"the TPM of {guest} refused",
                 why=str(error),
                 next_step=_next_step(error.code),
+            ) from error
+        except (BadResponseError, DecodeError) as error:
+            raise Failure(
+                f"the TPM of {guest} gave no proper answer",
+                why=str(error),
+                next_step="Something between here and the TPM changes bytes, or a secret is wrong.",
+                exit_code=ExitCode.UNAVAILABLE,
             ) from error
 
 

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from daemons import named_files
 from daemons.cli.app import app
 from daemons.durable_tpm import DurableTpm
+from daemons.errors import ExitCode
 from daemons.guest.tpm0_client import Tpm0Client
 from daemons.simulator import EphemeralStore, Simulator
 from daemons.world import SystemRng
@@ -231,3 +232,37 @@ def test_where_nothing_can_be_written_is_named(enabled, tmp_path):
     assert run("unseal", tmp_path / "b", tmp_path / "t").exit_code == 0
     assert (tmp_path / "t").stat().st_mode & 0o777 == 0o600
     assert run("clear").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ("00c40000000a00000000", ("pcr-read", "1")),
+        ("00c40000000b0000000000", ("enable",)),
+        ("00c400000012000000000000000461626364", ("version",)),
+        ("00c40000000e0000000000000000", ("random", "5")),
+    ],
+    ids=["too short", "too long", "no version", "no byte"],
+)
+def test_an_answer_that_is_none_is_no_bug_of_ours_and_is_not_asked_for_without_end(
+    tmp_path, answer, words
+):
+    """It is what a fault plan with `corrupt` makes of answers, and what other servers may send."""
+    path = tmp_path / "odd"
+    with socket.socket(socket.AF_UNIX) as listening, ThreadPoolExecutor(1) as threads:
+        listening.bind(str(path))
+        listening.listen()
+
+        def serve():
+            connection, _ = listening.accept()
+            with connection:
+                while connection.recv(4096):
+                    connection.sendall(bytes.fromhex(answer))
+
+        serving = threads.submit(serve)
+        command = [sys.executable, "-m", "daemons.cli.main", "tpm", str(path), *words]
+        said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        serving.result()
+    assert said.returncode == ExitCode.UNAVAILABLE, said.stderr
+    assert "gave no proper answer" in said.stderr
+    assert "Traceback" not in said.stderr
