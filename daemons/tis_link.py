@@ -100,7 +100,7 @@ class ChipRefused(Failure):
             what,
             why=text,
             next_step=_REFUSED_NEXT_STEPS[reason],
-            exit_code=ExitCode.NO_PERMISSION,
+            exit_code=ExitCode.NO_PERMISSION if reason in _OF_RIGHTS else ExitCode.UNAVAILABLE,
         )
         self.reason = reason
 
@@ -133,6 +133,10 @@ _REFUSED_NEXT_STEPS: Final = {
     RefusedReason.TOO_MANY_CONNECTIONS: "Close other connections to the chip.",
     RefusedReason.CHIP_FAILED: _LOOK_AT_LOG,
 }
+_OF_RIGHTS: Final = frozenset(
+    {RefusedReason.UNKNOWN_PEER, RefusedReason.PAGE_NOT_GRANTED, RefusedReason.NOT_PLATFORM}
+)
+"""Refusals that another try cannot change; a message with a bit turned round is refused once."""
 _FAULT_NEXT_STEPS: Final = {
     TisFault.ABSENT: "Power the platform on with: vtpm up",
     TisFault.TIMEOUT_A: "Another locality keeps the TPM; wait for it, or end the program there.",

@@ -581,6 +581,26 @@ def test_refused_pin_is_told(chip, link):
         link.power_on()
 
 
+@pytest.mark.parametrize(
+    ("reason", "status"),
+    [
+        (RefusedReason.UNKNOWN_PEER, ExitCode.NO_PERMISSION),
+        (RefusedReason.PAGE_NOT_GRANTED, ExitCode.NO_PERMISSION),
+        (RefusedReason.NOT_PLATFORM, ExitCode.NO_PERMISSION),
+        (RefusedReason.TOO_WIDE, ExitCode.UNAVAILABLE),
+        (RefusedReason.MALFORMED, ExitCode.UNAVAILABLE),
+        (RefusedReason.TOO_MANY_CONNECTIONS, ExitCode.UNAVAILABLE),
+        (RefusedReason.CHIP_FAILED, ExitCode.UNAVAILABLE),
+    ],
+)
+def test_only_a_refusal_of_rights_ends_a_start_for_good(chip, link, reason, status):
+    """A manager that ends with another status is started again by the launcher."""
+    chip.on_message = lambda _count, _request: [refused(reason, "no")]
+    with pytest.raises(ChipRefused) as caught:
+        link.power_on()
+    assert caught.value.exit_code is status
+
+
 def test_every_refusal_has_a_next_step():
     for reason in RefusedReason:
         assert ChipRefused("what", reason=reason, text="why").next_step
