@@ -118,6 +118,7 @@ class DurableTpm:
         key_generator: KeyGenerator | None = None,
         memory: VolatileMemory | None = None,
         is_nv_locked: bool = False,
+        seed: bytes | None = None,
     ) -> None:
         self._store = store
         self._memory = memory
@@ -128,6 +129,8 @@ class DurableTpm:
         self.is_resumed = False
         if permanent is not None:
             state.permanent = permanent
+        elif seed is not None:
+            state.permanent.seed = seed
         if memory is not None:
             state = self._recalled(memory, state, rng)
         self._engine = Engine(

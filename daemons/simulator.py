@@ -97,6 +97,41 @@ class EphemeralStore:
         self._permanent = permanent
 
 
+class _OfOneSeed:
+    """The store of a TPM that goes on only with the seed it was made with, or with none.
+
+    The TPM has it in its own state. The file beside that, which can get lost, tells it of those
+    that were made before.
+
+    Args:
+        store: The one below.
+        options: What is to run.
+        noted: What the file says; empty when there is none.
+    """
+
+    def __init__(self, store: PermanentStore, options: Options, noted: str) -> None:
+        self._store = store
+        self._options = options
+        self._noted = noted
+
+    def load(self) -> Permanent | None:
+        """What was saved last.
+
+        Raises:
+            Failure: It was made with another seed, or cannot be read.
+        """
+        permanent = self._store.load()
+        if permanent is not None:
+            seed = permanent.seed
+            made_with = self._noted if seed is None else seed.decode("ascii", errors="replace")
+            _check_seed(self._options, made_with)
+        return permanent
+
+    def save(self, permanent: Permanent) -> None:
+        """Return when it would survive a power cut."""
+        self._store.save(permanent)
+
+
 class SeededKeyGenerator:
     """RSA keys out of seeded randomness (slow: Miller-Rabin in Python)."""
 
@@ -228,14 +263,19 @@ def open_simulator(options: Options) -> Simulator:
     store: PermanentStore = EphemeralStore()
     if not options.is_ephemeral:
         _make_folder(options.state)
-        _keep_seed(options)
-        store = ChipMemory.open(options.state / _MEMORY)
+        noted = _keep_seed(options)
+        store = _OfOneSeed(ChipMemory.open(options.state / _MEMORY), options, noted)
     profile: Profile = CHIP
     rng = key_generator = None
     if options.seed is not None:
         profile, rng = SEEDED, SeededRng(options.seed)
         key_generator = SeededKeyGenerator(rng)
-    made = functools.partial(_open_tpm, options, store, rng=rng, key_generator=key_generator)
+    world = {
+        "rng": rng,
+        "key_generator": key_generator,
+        "seed": _seed_text(options).encode() or None,
+    }
+    made = functools.partial(_open_tpm, options, store, **world)
     tpm = made(profile=profile)
     simulator = Simulator(tpm)
     if tpm.is_new and options.has_ek:
@@ -284,21 +324,25 @@ def _make_folder(path: Path) -> None:
         ) from error
 
 
-def _keep_seed(options: Options) -> None:
-    """Write down which seed a TPM was made with: it must say so of itself in every later run.
+def _seed_text(options: Options) -> str:
+    return "" if options.seed is None else str(options.seed)
+
+
+def _keep_seed(options: Options) -> str:
+    """Write down beside a new TPM which seed it is made with; give what is there of another.
 
     Raises:
-        Failure: This one was made with another, or with none.
+        Failure: What lies there cannot be read or replaced.
     """
     noted = options.state / "seed"
-    wanted = "" if options.seed is None else str(options.seed)
+    wanted = _seed_text(options)
     try:
         if not (options.state / _MEMORY).exists():
             noted.unlink(missing_ok=True)
             if wanted:
                 noted.write_text(wanted)
-            return
-        made_with = _small_file(noted).decode("ascii", errors="replace")
+            return wanted
+        return _small_file(noted).decode("ascii", errors="replace")
     except OSError as error:
         raise Failure(
             f"cannot keep a TPM in {options.state}",
@@ -306,6 +350,15 @@ def _keep_seed(options: Options) -> None:
             next_step="Look at the folder's owner and mode, and at what lies there.",
             exit_code=ExitCode.IO_ERROR,
         ) from error
+
+
+def _check_seed(options: Options, made_with: str) -> None:
+    """Let a TPM go on only as it was made: it must say so of itself in every later run.
+
+    Raises:
+        Failure: This one was made with another seed, or with none.
+    """
+    wanted = _seed_text(options)
     if made_with != wanted:
         told = f"with --seed {made_with}" if made_with else "without a seed"
         raise Failure(

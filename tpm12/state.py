@@ -210,6 +210,9 @@ class Permanent(Section):
     journal_key: bytes | None = stored(36, bytes, default=None)
     """Encrypts what a killed process leaves of the other sections; of this stack, not of the
     specification. None: not drawn yet."""
+    seed: bytes | None = stored(37, bytes, default=None)
+    """What its secrets can be computed from again, by anybody; of this stack, too. None: nothing,
+    or it was made before this was kept."""
 
 
 @section

@@ -188,6 +188,34 @@ def test_a_tpm_made_with_a_seed_never_passes_for_another(folder, first, then):
         assert (b"SEED" in tpm.get_capability(CapabilityArea.VERSION_VAL)) is bool(first)
 
 
+@pytest.mark.parametrize(
+    "ek", [pytest.param((), id="with its key"), pytest.param(("--no-ek",), id="without")]
+)
+def test_a_tpm_made_with_a_seed_knows_it_without_the_file_beside_it(folder, ek):
+    """As after a copy of its memory alone, or a power cut that took what was not synced."""
+    state = ["--state", str(folder / "st"), *ek]
+    with running(folder, *state, "--seed", "7"):
+        pass
+    (folder / "st" / "seed").unlink()
+    for then in ((), ("--seed", "8")):
+        done = refused(folder, *state, *then)
+        assert done.returncode == 78
+        assert "it was made with --seed 7" in done.stderr
+    with running(folder, *state, "--seed", "7"), client(folder) as tpm:
+        tpm.startup(StartupType.CLEAR)
+        assert b"SEED" in tpm.get_capability(CapabilityArea.VERSION_VAL)
+
+
+def test_a_tpm_that_was_made_before_seeds_were_kept_in_it_goes_by_the_file(folder):
+    state = ["--state", str(folder / "st")]
+    with running(folder, *state):
+        pass
+    (folder / "st" / "seed").write_text("7")
+    assert "it was made with --seed 7" in refused(folder, *state).stderr
+    with running(folder, *state, "--seed", "7"), client(folder) as tpm:
+        assert b"SEED" in tpm.get_capability(CapabilityArea.VERSION_VAL)
+
+
 def test_a_file_in_place_of_the_folder_is_refused_with_the_reason(folder):
     (folder / "st").write_text("")
     done = refused(folder, "--state", str(folder / "st"))
