@@ -69,6 +69,8 @@ HOLD_S: Final = 0.1
 750 ms for it (timeout A)."""
 FAREWELL_S: Final = 1.0
 """How long a chip may take to let a locality go that nobody waits for."""
+LATE_S: Final = 0.05
+"""How long after a failure it is looked for answers that are left over."""
 ANSWER_TIMEOUT_S: Final = 30.0
 """How long the chip may leave a register read unanswered, beyond the duration of a command: the
 chip's process may be stopped or starved, which is no fault of the TPM."""
@@ -597,6 +599,9 @@ class TisLink:
         try:
             yield
         except TisError as error:
+            # Behind an answer that came twice, each is taken for that of the next access.
+            if self._wire is not None and self._wire.has_answers_left():
+                self._drop()
             raise ChipFault(what, error) from error
         except _LostError as error:
             self._drop()
@@ -694,6 +699,17 @@ class _Wire:
             self.is_usable = False
             raise
 
+    def has_answers_left(self) -> bool:
+        """Tell whether an answer is there, or about to come, that nobody waits for."""
+        try:
+            while select.select([self._socket], [], [], LATE_S)[0]:
+                if not isinstance(self._receive(), Interrupt):
+                    return True
+                self._has_interrupt = True
+        except (_LostError, ChipRefused, DecodeError):
+            return True
+        return False
+
     def ask(self, request: PowerOn | PowerOff | PhysicalPresence) -> None:
         """Move a pin and wait until it is done; raises as `run`."""
         try:
@@ -706,7 +722,10 @@ class _Wire:
     def _perform(self, step: Step) -> StepAnswer:
         if isinstance(step, Read):
             self._send(step)
-            return self._expect(Value, step).data
+            data = self._expect(Value, step).data
+            if len(data) != step.count:
+                raise _OddAnswerError(f"{len(data)} bytes in answer to {step}")
+            return data
         if isinstance(step, Write):
             self._send(step)
             return None

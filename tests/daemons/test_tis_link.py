@@ -1,6 +1,7 @@
 """The driver's end of tis.sock against a chip whose connections can be cut anywhere."""
 
 import contextlib
+import itertools
 import socket
 import threading
 import time
@@ -579,6 +580,36 @@ def test_refused_pin_is_told(chip, link):
     chip.on_message = lambda _count, _request: [refused(RefusedReason.CHIP_FAILED, "worn out")]
     with pytest.raises(ChipRefused, match="worn out"):
         link.power_on()
+
+
+@pytest.mark.parametrize("nth", range(1, 25))
+def test_an_answer_that_comes_twice_costs_one_command_at_most(path, chip, nth):
+    """Each one behind it is taken for that of the next access, as long as the connection lasts."""
+    timing = Timing(a_s=0.05, b_s=0.05, c_s=0.05, d_s=0.05, short_s=0.05)
+    reads = itertools.count(1)
+
+    def twice(_count, request):
+        if isinstance(request, messages.Read) and next(reads) == nth:
+            value = messages.Value(
+                data=chip.device.read(request.locality, request.offset, request.count)
+            )
+            return [value, value]
+        return None
+
+    with TisLink(
+        path, 2, timing=timing, busy_timeout_s=0.01, answer_timeout_s=1.0, use_interrupts=False
+    ) as link:
+        link.exchange(command())
+        chip.on_message = twice
+        outcomes = []
+        for request in [command(body=bytes([number])) for number in range(8)]:
+            try:
+                outcomes.append(link.exchange(request) == answer_to(request))
+            except Failure:
+                outcomes.append(False)
+        assert next(reads) > nth
+        assert outcomes.count(False) <= 1
+        assert outcomes[-1]
 
 
 @pytest.mark.parametrize(
