@@ -110,6 +110,13 @@ _SECRETS: Final = (
 )
 _ENABLE: Final = ("Enable and activate the TPM in the firmware's set-up.", ExitCode.UNAVAILABLE)
 _WAIT: Final = ("Wait, then start the manager again.", ExitCode.UNAVAILABLE)
+_NO_SECRET_YET: Final[Advice] = {
+    # It is us who give the secret, so it cannot be the wrong one.
+    ReturnCode.AUTHFAIL: (
+        "Something between the manager and the chip changes bytes; another start tries it again.",
+        ExitCode.UNAVAILABLE,
+    ),
+}
 _ADVICE: Final[Advice] = {
     ReturnCode.AUTHFAIL: _SECRETS,
     ReturnCode.AUTH2FAIL: _SECRETS,
@@ -372,7 +379,7 @@ class Chip:
         self._journal.discard_leftovers()
 
     def _take_ownership(self) -> None:
-        with self.operation("take ownership of the hardware TPM") as tpm:
+        with self.operation("take ownership of the hardware TPM", _NO_SECRET_YET) as tpm:
             try:
                 tpm.read_pubek()
             except TpmError as error:

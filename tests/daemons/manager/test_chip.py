@@ -346,6 +346,28 @@ def test_owner_who_was_quicker_is_accepted(tmp_path: Path):
     assert link.sessions() == ()
 
 
+def test_command_that_was_changed_on_its_way_is_no_wrong_secret_where_there_is_none_yet(
+    tmp_path: Path,
+):
+    link = EngineLink()
+    link.power_on()
+    genuine = link.execute
+
+    def execute(request: bytes) -> bytes:
+        if request[6:10] == int(Ordinal.TAKE_OWNERSHIP).to_bytes(4, "big"):
+            request = request[:-1] + bytes([request[-1] ^ 1])
+        return genuine(request)
+
+    link.execute = execute
+    with pytest.raises(ChipRefusal) as refused:
+        bench_on(link, tmp_path).chip.start()
+    assert refused.value.code == ReturnCode.AUTHFAIL
+    assert refused.value.exit_code == ExitCode.UNAVAILABLE
+    link.execute = genuine
+    bench_on(link, tmp_path).chip.start()
+    assert link.sessions() == ()
+
+
 def test_chip_that_takes_no_owner_is_a_failure_that_says_so(tmp_path: Path):
     link = EngineLink()
     link.power_on()
