@@ -23,6 +23,7 @@ who may have which page (`admit`).
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 from collections import Counter
@@ -39,6 +40,7 @@ from daemons.lean_structlog import structlog
 from daemons.listeners import Listener, PeerCredentials, set_send_timeout
 from daemons.sd_notify import NO_COMMAND
 from daemons.service import DRAIN_S, Connection, ends_with_its_peer, serve
+from daemons.threads import NoThread, run_in_thread
 from hwtpm.tis_device import Interrupt, PendingCommand, State, TisDevice, TpmPort
 from hwtpm.tis_snapshot import decode_snapshot, encode_snapshot
 from protocol import tis_messages as messages
@@ -323,11 +325,7 @@ class TisServer:
         """Do a register write of a connection, if of any, and run the command that it started."""
         with self._registers:
             if carrier is not None and self._askers.get(access.locality) is not carrier:
-                self._askers[access.locality] = carrier
-                one = {access.locality}
-                is_platform = carrier.peer.is_platform
-                pages = self._platform_pages
-                self._platform_pages = pages | one if is_platform else pages - one
+                self._note_asker(access.locality, carrier)
             before = self.device.pending_command
             self.device.write(access.locality, access.offset, access.data)
             self._remember()
@@ -363,11 +361,22 @@ class TisServer:
 
         Else nobody would ever: only who is connected can be seen to go.
         """
-        if not self._platform_pages:
-            return
-        await trio.sleep(self.settings.platform_returns_s)
+        while self._platform_pages - self._askers.keys():
+            await trio.sleep(self.settings.platform_returns_s)
+            with contextlib.suppress(NoThread):  # the next time, then
+                # Whoever has the registers may be waiting for a command to end.
+                await run_in_thread(self._give_up_what_nobody_has)
+
+    def _give_up_what_nobody_has(self) -> None:
         with self._registers:
             self._give_up(self._platform_pages - self._askers.keys())
+
+    def _note_asker(self, locality: int, carrier: _Carrier) -> None:
+        self._askers[locality] = carrier
+        if carrier.peer.is_platform:
+            self._platform_pages |= {locality}
+        else:
+            self._platform_pages -= {locality}
 
     def _give_up(self, pages: Collection[int]) -> None:
         """Leave localities that the platform had to others, with the registers locked."""
