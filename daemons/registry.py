@@ -25,7 +25,7 @@ from uuid import UUID
 
 from daemons.errors import OUT_OF_RESOURCES, ExitCode, Failure, NotNow
 from daemons.labels import Label
-from daemons.places import BadPlace, check_domain_name
+from daemons.places import BadPlace, Places, check_domain_name
 
 RECORD_BYTES_MAX: Final = 64 * 1024
 RECORDS_MAX: Final = 4096
@@ -42,6 +42,13 @@ class Role(StrEnum):
     VTPM = "vtpm"
     GUEST = "guest"
     DOMAIN0 = "domain0"
+
+
+def served_at(places: Places, name: str, role: Role) -> Path:
+    """Give the socket at which the chip, a backend or a guest serves."""
+    own = places.domain(name)
+    sockets = {Role.HWTPM: places.tis_socket, Role.GUEST: own.tpm0}
+    return sockets.get(role, own.ring_socket)
 
 
 class PeerIdentity(Protocol):

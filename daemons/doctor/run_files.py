@@ -30,7 +30,7 @@ from daemons.listeners import SOCKET_PATH_BYTES_MAX, describe_file, served_paths
 from daemons.manager.handle_journal import read_leftovers
 from daemons.manager.request_memory import inspect_requests
 from daemons.places import CHIP_NAME, DOMAIN0_NAME, BadPlace, Places
-from daemons.registry import DamagedRegistry, DomainRecord, Registry, Role
+from daemons.registry import DamagedRegistry, DomainRecord, Registry, Role, served_at
 from daemons.systemd.stack_control import is_installed
 from daemons.xl.domain_config import read_domain
 
@@ -283,7 +283,7 @@ def examine_domain(scene: Scene, name: str, role: Role) -> list[Finding]:
     if role is Role.MANAGER:
         findings += [_handle_journal(own.journal), _request_journal(scene, name)]
     is_served = is_running and has_served
-    socket = own.tpm0 if role is Role.GUEST else own.ring_socket
+    socket = served_at(scene.places, name, role)
     findings += _socket(scene, socket, is_served, owner=name)
     if role is Role.GUEST:
         findings.append(_measurements(own.directory))

@@ -33,7 +33,7 @@ from daemons.lean_structlog import structlog
 from daemons.listeners import SOCKET_PATH_BYTES_MAX, served_paths
 from daemons.places import CHIP_NAME, Places
 from daemons.private_files import UnsafeFile, read_checked
-from daemons.registry import DomainRecord, Registry, Role
+from daemons.registry import DomainRecord, Registry, Role, served_at
 from daemons.xl.domain_config import Action, parse_domain
 
 MARKER_NAME: Final = "powered"
@@ -294,8 +294,7 @@ def _was_ready(places: Places, name: str, role: Role, pid: int, start_time: int)
 
 
 def _is_served(places: Places, name: str, role: Role) -> bool:
-    own = places.domain(name)
-    socket = {Role.HWTPM: places.tis_socket, Role.GUEST: own.tpm0}.get(role, own.ring_socket)
+    socket = served_at(places, name, role)
     if len(os.fsencode(socket)) > SOCKET_PATH_BYTES_MAX:
         return True  # of such a path it cannot be told, and who lives has most likely been ready
     try:
