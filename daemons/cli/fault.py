@@ -75,9 +75,15 @@ def run(
                 "seed": parsed.seed,
                 "for_s": length_s,
                 "injected": [line.as_json() for line in fault_run.injected],
+                "never_happened": [
+                    {"fault": fault.number, "operations": fault_run.operations.get(fault.number)}
+                    for fault in fault_run.never_happened(parsed)
+                ],
                 "problems": problems,
             }
         )
+    else:
+        _say_what_never_happened(fault_run, parsed)
     _say_how_it_is(fault_run, problems, "and no guest has booted again", is_quiet=as_json)
 
 
@@ -123,6 +129,7 @@ def up_with_faults(
         problems = fault_run.start(
             parsed, content, length_s, lambda: _discard(bring_up(files, root, step)), roles
         )
+    _say_what_never_happened(fault_run, parsed)
     _say_how_it_is(fault_run, problems, "and nobody has lost anything")
 
 
@@ -185,6 +192,15 @@ def _fault_run(places: Places, root: str | None, step: Step, *, is_quiet: bool =
     return FaultRun(
         places=places, ask=lambda method: ask(root, method), revive=revive, tell=tell, step=step
     )
+
+
+def _say_what_never_happened(fault_run: FaultRun, plan: FaultPlan) -> None:
+    """A stack that is whole shows nothing about a fault that it has not met."""
+    for fault in fault_run.never_happened(plan):
+        count = fault_run.operations.get(fault.number)
+        met = "" if count is None else f": there were {count or 'no'} operations there"
+        line = f"fault {fault.number} never happened: {fault.what.value} {fault.where}"
+        print_line(f"{line}, {_when(fault)}{met}")
 
 
 def _say_how_it_is(

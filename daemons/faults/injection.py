@@ -25,7 +25,7 @@ from daemons.faults.chip import OtherLocality, as_of_a_busy_chip, asks_for_statu
 from daemons.faults.clock import FaultyClock
 from daemons.faults.hooks import LOCK_NAME, LOG_SUFFIX, PLAN_NAME
 from daemons.faults.page import DISK, RING, SENT, TIS, Page, now_us
-from daemons.faults.plan import PLAN_BYTES_MAX, Fault, What, parse_plan
+from daemons.faults.plan import AT_ACCESSES, PLAN_BYTES_MAX, Fault, What, parse_plan
 from daemons.faults.schedule import happens, happens_in_turn, turn_at
 from daemons.lean_structlog import structlog
 from daemons.private_files import read_checked
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from daemons.tis_server import TisServer
 
 SECTOR_BYTES: Final = 512
-_AT_ACCESSES: Final = frozenset({What.BUSY_CHIP, What.SEIZED_LOCALITY})
-"""Faults that happen at what a driver sends, never at an answer."""
 
 
 class Injection:
@@ -122,7 +120,7 @@ class Injection:
                 counted = number
                 if fault.what is What.LOST_RESPONSE:
                     counted = sent_number
-                elif fault.what in _AT_ACCESSES:
+                elif fault.what in AT_ACCESSES:
                     counted = 0 if is_sent else number - self._page.counted(kind + SENT)
                 if counted and self._is_due(fault, counted) and self.is_wanted():
                     self._tell(fault, counted)

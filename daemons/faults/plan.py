@@ -91,6 +91,8 @@ LASTING: Final = frozenset(
     {What.STOP, What.DELAY, What.BUSY_CHIP, What.SEIZED_LOCALITY, What.DRIFT}
 )
 """Faults that last `for_s` seconds."""
+AT_ACCESSES: Final = frozenset({What.BUSY_CHIP, What.SEIZED_LOCALITY})
+"""Faults that happen at what a driver sends, never at an answer."""
 
 
 @dataclass(frozen=True, slots=True, order=True)

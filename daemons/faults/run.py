@@ -94,6 +94,8 @@ class FaultRun:
         tell: Called with each line of the run log.
         step: Called with what is being done.
         injected: The run log.
+        operations: How many messages, steps or readings there were at which each fault inside a
+            daemon could have happened, by its number.
     """
 
     places: Places
@@ -102,6 +104,7 @@ class FaultRun:
     tell: Callable[[Injected], None]
     step: Callable[[str], None]
     injected: list[Injected] = field(default_factory=list)
+    operations: dict[int, int] = field(default_factory=dict)
     _before: dict[str, Row] = field(default_factory=dict)
     _begun: float = 0.0
     _begun_at: float = 0.0
@@ -138,7 +141,7 @@ class FaultRun:
             control.arm(content)
             with contextlib.suppress(KeyboardInterrupt):
                 self._inject(plan, for_s, control)
-            self._end(control)
+            self._end(plan, control)
         return self._problems()
 
     def start(
@@ -180,8 +183,13 @@ class FaultRun:
                     self._is_starting = False
                 with self._over_when_interrupted():
                     injecting.result()
-            self._end(control)
+            self._end(plan, control)
         return problems or self._problems()
+
+    def never_happened(self, plan: FaultPlan) -> list[Fault]:
+        """The faults of a plan that the run did not come to, or that found nobody."""
+        happened = {line.fault for line in self.injected if not line.note}
+        return [fault for fault in plan.faults if fault.number not in happened]
 
     def _bring_up(self, bring_up: Callable[[], None]) -> None:
         """Start the stack, as often as its launcher is killed meanwhile."""
@@ -209,10 +217,11 @@ class FaultRun:
             self._is_over.set()
             raise
 
-    def _end(self, control: FaultControl) -> None:
+    def _end(self, plan: FaultPlan, control: FaultControl) -> None:
         self._stopped.resume_all()
         control.disarm()
         self._tell_lines(control.new_lines())
+        self.operations = {fault.number: control.operations(fault) for fault in plan.hooked}
 
     # -- before
 

@@ -1,5 +1,6 @@
 """vtpm fault: what is refused, and how a run ends that is ended from outside."""
 
+import json
 import os
 import signal
 import subprocess
@@ -58,6 +59,18 @@ def victim(launcher):
             )
         yield process
         process.kill()
+
+
+@pytest.mark.usefixtures("victim")
+def test_what_never_happened_is_said(vtpm, plan):
+    often = plan.read_text().replace("60", "0.1")
+    late = STOP.replace("at_s = 0", "every_s = 9")
+    plan.write_text(often + late)
+    said = vtpm("fault", "run", plan, "--for", "0.3")
+    assert "fault 2 never happened: stop process launcher, every 9 s" in said.stdout
+    assert "fault 1 never" not in said.stdout
+    told = json.loads(vtpm("fault", "run", plan, "--for", "0.3", "--json").stdout)
+    assert told["never_happened"] == [{"fault": 2, "operations": None}]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])

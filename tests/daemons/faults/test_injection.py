@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,7 @@ from daemons.faults import injection
 from daemons.faults.control import FaultControl
 from daemons.faults.hooks import NO_HOOKS, directory_of, hooks_of
 from daemons.faults.page import Page, now_us
+from daemons.faults.plan import What, parse_plan
 from daemons.places import Places
 from daemons.world import SystemClock
 
@@ -190,6 +192,22 @@ def test_messages_of_both_directions_count(control, ring):
     assert control.counted(DOMAIN, "ring sent") == 1
     control.arm(b"")
     assert control.counted(DOMAIN, "ring") == 0
+
+
+def test_operations_are_those_at_which_a_fault_could_be(control, ring):
+    plan = fault(f"ring {DOMAIN}", "drop", "nth = 9") + fault(
+        f"ring {DOMAIN}", "lost-response", "nth = 9"
+    )
+    plan += b'[[fault]]\nwhere = "clock"\nwhat = "jump"\nby_s = 1\nnth = 9\n'
+    control.arm(plan)
+    ring.frontend.send(b"one")
+    ring.backend.recv(10)
+    for message in (b"two", b"three"):
+        ring.backend.send(message)
+    drop, lost, jump = parse_plan(plan, "plan").faults
+    assert [control.operations(each) for each in (drop, lost, jump)] == [3, 2, 0]
+    access = replace(drop, what=What.BUSY_CHIP)  # one message of a driver, two answers
+    assert control.operations(access) == 1
 
 
 def received(ring, *messages):
