@@ -141,7 +141,9 @@ def examine_record(scene: Scene, name: str) -> list[Finding]:
     if not scene.is_powered:
         return [subject.fine(_CLEARED)]
     next_step = (
-        _TAKE_OVER if scene.launcher is None else "The launcher starts it again; see vtpm status."
+        _TAKE_OVER
+        if scene.launcher is None
+        else "The launcher starts it again, unless it was refused: see vtpm status."
     )
     return [subject.warning(f"process {record.pid} is dead", next_step)]
 
