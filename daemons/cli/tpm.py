@@ -134,6 +134,21 @@ def random(context: typer.Context, count: Size) -> None:
 
 
 @app.command()
+def ticks(context: typer.Context, *, as_json: Json = False) -> None:
+    """Show the ticks since the TPM was switched on, and how long one is."""
+    from protocol.constants import Ordinal  # noqa: PLC0415
+
+    with _tpm(context) as tpm:
+        now = tpm.call(Ordinal.GET_TICKS).current_time
+    found = {
+        "ticks": now.current_ticks,
+        "microseconds_a_tick": now.tick_rate,
+        "nonce": now.tick_nonce.hex(),
+    }
+    _show(found, as_json=as_json)
+
+
+@app.command()
 def takeownership(
     context: typer.Context, owner_auth: OwnerAuth = WELL_KNOWN, srk_auth: Auth = WELL_KNOWN
 ) -> None:

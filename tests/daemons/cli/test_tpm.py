@@ -1,6 +1,7 @@
 """`vtpm tpm`: the common commands, against a real engine on a real socket."""
 
 import hashlib
+import json
 import os
 import socket
 import subprocess
@@ -158,6 +159,14 @@ def test_numbers_that_no_tpm_has_are_refused_before_it_is_asked(run, words):
 
 def test_as_many_random_bytes_as_were_asked_for(enabled):
     assert len(bytes.fromhex(enabled("random", "5000").output)) == 5000
+
+
+def test_ticks_go_on_under_one_nonce(enabled):
+    first, second = (json.loads(enabled("ticks", "--json").output) for _ in range(2))
+    assert first["nonce"] == second["nonce"]
+    assert first["ticks"] <= second["ticks"]
+    assert first["microseconds_a_tick"] == 1
+    assert f"nonce                {first['nonce']}" in enabled("ticks").output
 
 
 def test_a_secret_need_not_be_utf_8(enabled):
