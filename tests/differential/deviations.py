@@ -699,6 +699,77 @@ DEVIATIONS: tuple[Deviation, ...] = (
         ),
     ),
     Deviation(
+        name="lengths inside a key",
+        commands=("CreateWrapKey", "LoadKey2"),
+        libtpms="SIZE, from its allocator, for one that is too large",
+        ours="BAD_PARAM_SIZE, as for every short buffer; BAD_KEY_PROPERTY inside the parameters, "
+        "whose own length is right",
+        section="Part 2 §10.2, §10.9",
+        steps=(
+            "bent keys: description cut to 1[02]",
+            "bent keys: description cut to 24",
+            "bent keys: length in a *",
+        ),
+    ),
+    Deviation(
+        name="version or tag of a key",
+        commands=("CreateWrapKey", "LoadKey2", "CMK_CreateKey"),
+        libtpms="BAD_KEY_PROPERTY; a changed revision, which is ignored, is AUTHFAIL all the same: "
+        "the digest of the key has it",
+        ours="BAD_VERSION (BAD_PARAM_SIZE for what ends there); a revision is in no digest",
+        section="Part 2 §5.1, §10.2, §10.3",
+        steps=(
+            "bent keys: description cut to 2",
+            "bent keys: description 0 0",
+            "bent keys: blob 0 0",
+            "bent keys: key that migrates with the tag 0",
+            "bent keys: key that migrates with the tag 29",
+            "bent keys: revision of a blob",
+        ),
+    ),
+    Deviation(
+        name="a reserved authDataUsage",
+        commands=("CreateWrapKey", "LoadKey2"),
+        libtpms="made, and wants its secret",
+        ours="BAD_KEY_PROPERTY",
+        section="Part 2 §5.9",
+        steps=("bent keys: description 10 2", "bent keys: blob 10 2"),
+    ),
+    Deviation(
+        name="a changed size of a wrapped key",
+        commands=("LoadKey2",),
+        libtpms="AUTHFAIL, from the digest",
+        ours="BAD_KEY_PROPERTY, which comes before the key is decrypted",
+        section="Part 3 §10.5, action 3",
+        steps=("bent keys: blob 25 1",),
+    ),
+    Deviation(
+        name="whether such a key can be loaded",
+        commands=("GetCapability",),
+        libtpms="there is room for three primes and for 16 million bits, bytes behind the "
+        "parameters are ignored, and no algorithm is one that is not served",
+        ours="no room for what TPM_LoadKey2 refuses; BAD_PARAM_SIZE for bytes behind, "
+        "BAD_KEY_PROPERTY for parameters that are not those of an RSA key",
+        section="Part 2 §21.1, TPM_CAP_CHECK_LOADED",
+        steps=("bent values: loaded *",),
+    ),
+    Deviation(
+        name="a flag that is neither 0 nor 1",
+        commands=("SetCapability",),
+        libtpms="any byte but 0 is TRUE",
+        ours="BAD_PARAMETER",
+        section="Part 2 §2.2.4",
+        steps=("bent values: flag 20 2",),
+    ),
+    Deviation(
+        name="installing an owner where there is one",
+        commands=("SetCapability",),
+        libtpms="OWNER_SET",
+        ours="AUTHFAIL while nobody is present: who may is looked at first",
+        section="Part 3 §7.2",
+        steps=("bent values: flag 2 2",),
+    ),
+    Deviation(
         name="NV offset plus size",
         commands=("NV_ReadValue", "NV_WriteValue", "NV_ReadValueAuth", "NV_WriteValueAuth"),
         libtpms="added in 32 bits: a read past the area ends the process",
