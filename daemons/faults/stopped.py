@@ -57,10 +57,11 @@ class Stopped:
         return send_signal(*process, signal.SIGSTOP)
 
     def resume(self, number: int) -> None:
-        """Let go on what a fault has stopped, if anything."""
+        """Let go on what a fault has stopped, if anything, unless another one still holds it."""
         process = self._processes.get(number)
         if process is not None:
-            send_signal(*process, signal.SIGCONT)
+            if list(self._processes.values()).count(process) == 1:
+                send_signal(*process, signal.SIGCONT)
             self._tell(_CONTINUE, number)
             del self._processes[number]
 
