@@ -216,7 +216,7 @@ class _Command:
         return not self.has_gone or may_run_twice(self.request)
 
 
-class _Patience:
+class Patience:
     """How long something that passes is waited for, from the first time that it is seen.
 
     Args:
@@ -502,7 +502,7 @@ class TisLink:
             duration_s: How long the chip may take for it.
         """
         connect_timeout_s = self._connect_timeout_s
-        lost, busy = _Patience(self._reconnect_timeout_s), _Patience(self._busy_timeout_s)
+        lost, busy = Patience(self._reconnect_timeout_s), Patience(self._busy_timeout_s)
         while True:
             try:
                 return work(self._connected(connect_timeout_s, duration_s))
@@ -545,7 +545,7 @@ class TisLink:
 
     def _patiently(self, work: Callable[[_Wire], T]) -> T:
         """Do what does no harm when it is done again, as often as a busy chip needs it."""
-        busy = _Patience(self._busy_timeout_s)
+        busy = Patience(self._busy_timeout_s)
         while True:
             try:
                 return work(self._connected(self._connect_timeout_s))

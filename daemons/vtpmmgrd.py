@@ -153,7 +153,13 @@ async def run(options: DomainOptions) -> None:
         keeper = VaultKeeper(vault, reopen)
         tell_count = partial(_tell_count, notifier, sealed)
         tell_count(len(vault))
-        requests = Requests(keeper, chip, partial(_tell, notifier), admission.is_attached)
+        requests = Requests(
+            keeper,
+            chip,
+            partial(_tell, notifier),
+            admission.is_attached,
+            recovered=lambda: tell_count(len(keeper)),
+        )
         backend = ManagerBackend(requests, admission, memory, keeper, tell_count)
         try:
             listener = activated_or_listen(SOCKET_NAME, own.ring_socket, Kind.SEQPACKET)

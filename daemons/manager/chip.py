@@ -17,9 +17,15 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from daemons.errors import ExitCode, Failure
-from daemons.manager.handle_journal import HandleJournal, Handles, Leftovers, NotNotedError
+from daemons.manager.handle_journal import (
+    HandleJournal,
+    Handles,
+    Leftovers,
+    NotNotedError,
+    opens,
+)
 from daemons.manager.requests import OnceOnly
-from daemons.tis_link import ChipFault
+from daemons.tis_link import ChipFault, Patience
 from hwtpm.tis_driver import TisFault
 from protocol.constants import (
     CapabilityArea,
@@ -39,8 +45,10 @@ Progress = Callable[[str], None]
 Advice = Mapping[ReturnCode, tuple[str, ExitCode]]
 """Next step and exit status for what the chip may answer."""
 NO_ADVICE: Final[Advice] = {}
-SEIZURES_MAX: Final = 10
-"""How often one command is begun anew because another locality seized the TPM."""
+SEIZED_S: Final = 30.0
+"""How long one command is begun anew while other localities seize the TPM again and again."""
+FLUSHED_MAX: Final = 10
+"""How often one is begun anew because somebody has flushed its session."""
 
 
 class ChipLink(Protocol):
@@ -162,6 +170,8 @@ class Chip:
         self._client = TpmClient(self._run_own, rng=rng)
         self._session: ClientSession | None = None
         self._abandoned: list[int] = []
+        self._doubts: list[tuple[ResourceType, frozenset[int]]] = []
+        self.seized_s = SEIZED_S
         self.secrets = secrets
 
     def exchange(self, request: bytes) -> bytes:
@@ -254,18 +264,19 @@ class Chip:
             Failure: See `operation`.
         """
         with self.operation(doing) as tpm:
-            for _ in range(SEIZURES_MAX):
+            seizures, flushed = Patience(self.seized_s), 0
+            while True:
                 try:
                     return self._under_session(tpm, ordinal, secret, operands)
                 except ChipFault as fault:
                     # Another locality took the TPM; whether the command ran does not matter.
-                    if fault.fault is not TisFault.SEIZED:
+                    if fault.fault is not TisFault.SEIZED or not seizures.has_more:
                         raise
                 except TpmError as error:
                     # Somebody flushed it, or it ended with a power cycle.
-                    if error.code != ReturnCode.INVALID_AUTHHANDLE:
+                    flushed += 1
+                    if error.code != ReturnCode.INVALID_AUTHHANDLE or flushed > FLUSHED_MAX:
                         raise
-            return self._under_session(tpm, ordinal, secret, operands)
 
     def _under_session(
         self, tpm: TpmClient, ordinal: Ordinal, secret: bytes, operands: dict[str, Any]
@@ -411,8 +422,30 @@ class Chip:
     # -- handles
 
     def _run_own(self, request: bytes) -> bytes:
-        link = self._link
-        return self._journal.run(request, link.execute, link.finish, link.settle)
+        link, kind = self._link, opens(request)
+        before: frozenset[int] = frozenset()
+        if kind is not None:
+            self._flush_doubtful()
+            before = frozenset(self._client.handles(kind))
+        try:
+            return self._journal.run(request, link.execute, link.finish, link.settle)
+        except ChipFault as fault:
+            if kind is not None and fault.fault is TisFault.SEIZED:
+                self._doubts.append((kind, before))
+            raise
+
+    def _flush_doubtful(self) -> None:
+        """Flush what was opened by commands whose answers were lost when the TPM was seized.
+
+        Nobody knows those handles, and the chip has few. Who may seize the TPM (localities 3 and 4)
+        opens nothing on this platform. Somebody at a lower one who has opened something between the
+        seizure and our return loses it.
+        """
+        while self._doubts:
+            kind, before = self._doubts[-1]
+            for handle in set(self._client.handles(kind)) - before:
+                self._client.flush_specific(handle, kind)
+            self._doubts.pop()
 
     def _flush(self, handles: Handles) -> None:
         """Flush what is ours; that some of it has ended already is the normal case."""

@@ -113,6 +113,7 @@ class Requests:
         hardware: The chip.
         report: Told what went wrong on our side, when a client only gets a code for it.
         is_attached: Whether a domain has a vTPM; may raise Failure.
+        recovered: Told that what went wrong last has been done again, and well.
     """
 
     def __init__(
@@ -121,11 +122,15 @@ class Requests:
         hardware: Hardware,
         report: Callable[[Failure], None],
         is_attached: Callable[[UUID], bool],
+        recovered: Callable[[], None] = lambda: None,
     ) -> None:
         self._records = records
         self._is_attached = is_attached
         self._hardware = hardware
-        self._report = report
+        self._report_failure = report
+        self._recovered = recovered
+        self._is_failing = False
+        self._failed_ordinal: int | None = None
         self._holders: dict[UUID, Client] = {}
 
     def execute(self, client: Client, request: bytes, once: OnceOnly) -> bytes:
@@ -142,11 +147,26 @@ class Requests:
         if len(request) < HEADER_BYTES:
             return packet(Tag.RSP_COMMAND, ReturnCode.BAD_PARAMETER)
         header, _ = decode_from(Header, request, 0)
+        self._is_failing = False
         try:
-            return self._dispatch(client, header, request, once)
+            answer = self._dispatch(client, header, request, once)
         except _RefusedError as refused:
             tag = (header.tag + ERROR_TAG_OFFSET) & 0xFFFF if refused.tag is None else refused.tag
-            return packet(tag, refused.code)
+            answer = packet(tag, refused.code)
+        self._tell_how_it_goes(header.code)
+        return answer
+
+    def _report(self, failure: Failure) -> None:
+        self._is_failing = True
+        self._report_failure(failure)
+
+    def _tell_how_it_goes(self, ordinal: int) -> None:
+        """What people are shown is the last failure, until the same is done without one."""
+        if self._is_failing:
+            self._failed_ordinal = ordinal
+        elif ordinal == self._failed_ordinal:
+            self._failed_ordinal = None
+            self._recovered()
 
     def _dispatch(self, client: Client, header: Header, request: bytes, once: OnceOnly) -> bytes:
         try:

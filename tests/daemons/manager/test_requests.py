@@ -102,9 +102,17 @@ class Bench:
         self.reported: list[Failure] = []
         self.attached: set[UUID] = set()
         self.requests = Requests(
-            self.records, self.chip, self.reported.append, self.attached.__contains__
+            self.records,
+            self.chip,
+            self.reported.append,
+            self.attached.__contains__,
+            self._recover,
         )
+        self.recoveries = 0
         self.steps = Steps(self.records)
+
+    def _recover(self) -> None:
+        self.recoveries += 1
 
     def send(self, client: Client, request: str | bytes) -> str:
         data = bytes.fromhex(request) if isinstance(request, str) else request
@@ -260,6 +268,19 @@ def test_failing_store_has_its_own_code(bench: Bench, failure: Failure, code: Re
     assert bench.reported == [failure, failure]
     bench.records.failure = None
     bench.save(GUEST_1)
+
+
+def test_recovery_is_told_when_the_same_is_done_again_and_well(bench: Bench):
+    bench.records.failure = NotStored("i", "w")
+    for _ in range(2):
+        with pytest.raises(TpmError):
+            bench.save(GUEST_1)
+    bench.records.failure = None
+    bench.send(GUEST_1, LOAD)
+    assert bench.recoveries == 0, "whether a save works is not known yet"
+    bench.save(GUEST_1)
+    bench.save(GUEST_1, b"another blob of some length".ljust(len(SHORT_BLOB), b"."))
+    assert bench.recoveries == 1
 
 
 def test_bad_parameter_to_load_means_unknown_and_nothing_else(bench: Bench):
