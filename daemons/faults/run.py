@@ -350,8 +350,18 @@ class FaultRun:
 
     def _problems(self) -> list[str]:
         self.step("waiting for the stack to be whole")
-        _wait(self._is_whole)
-        after = self._rows()
+        after: dict[str, Row] = {}
+
+        def is_whole() -> bool:
+            # What is judged is what was seen last: a kill that was on its way when the plan ended
+            # may still hit somebody between two looks.
+            nonlocal after
+            are_alive, after = self._are_alive(), self._rows()
+            return are_alive and all(
+                name in after and _is_well(after[name]) for name in self._before
+            )
+
+        _wait(is_whole)
         problems = []
         for name, before in self._before.items():
             row = after.get(name)
@@ -365,7 +375,7 @@ class FaultRun:
                 problems.append(f"the TPM of {name} does not answer")
         return problems
 
-    def _is_whole(self) -> bool:
+    def _are_alive(self) -> bool:
         registry = Registry(self.places.registry)
         for name in self._before:  # the launcher may not have heard yet of one that has just died
             record = registry.get(_record_name(name))
@@ -373,8 +383,7 @@ class FaultRun:
                 return False
             if not is_alive(record.pid, record.start_time):
                 return False
-        rows = self._rows()
-        return all(name in rows and _is_well(rows[name]) for name in self._before)
+        return True
 
     def _answers(self, guest: str) -> bool:
         tpm0 = self.places.domain(guest).tpm0

@@ -140,3 +140,21 @@ def test_kills_that_are_due_while_the_launcher_is_being_started_are_not_made_up_
     assert len(done) == len(starts) <= 3
     assert len(run.injected) == 10
     assert {line.note for line in run.injected} == {"", "not done, it was being started"}
+
+
+def test_who_is_hit_by_the_last_kill_after_all_was_seen_whole_is_no_problem(launcher):
+    """A daemon that was about to die when the plan ended is back at once, as from each kill."""
+    well = {"state": "running", "pid": os.getpid(), "role": "domain0"}
+    states = iter(["running", "running", "waiting"])
+    run = FaultRun(
+        places=launcher.places,
+        ask=lambda _: {
+            "domains": [],
+            "launcher": well,
+            "chip": well | {"state": next(states, "waiting")},
+        },
+        revive=lambda: None,
+        tell=lambda _: None,
+        step=lambda _: None,
+    )
+    assert run.run(parse_plan(b"", "plan"), b"", "plan", 0.0) == []
