@@ -243,6 +243,26 @@ def test_where_nothing_can_be_written_is_named(enabled, tmp_path):
     assert run("clear").exit_code == 0
 
 
+def test_a_control_socket_is_not_waited_for(tmp_path):
+    """It answers four bytes to what it does not know, and a TPM may take minutes."""
+    path = tmp_path / "control"
+    with socket.socket(socket.AF_UNIX) as listening, ThreadPoolExecutor(1) as threads:
+        listening.bind(str(path))
+        listening.listen()
+
+        def serve():
+            connection, _ = listening.accept()
+            with connection:
+                while connection.recv(4096):
+                    connection.sendall(bytes.fromhex("0000000a"))
+
+        serving = threads.submit(serve)
+        said = CliRunner().invoke(app, ["tpm", str(path), "version"])
+        serving.result()
+    assert said.exit_code == ExitCode.UNAVAILABLE
+    assert "is it a control socket?" in said.output
+
+
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
