@@ -1,5 +1,6 @@
 """`vtpm tpm`: the common commands, against a real engine on a real socket."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -243,9 +244,9 @@ def test_where_nothing_can_be_written_is_named(enabled, tmp_path):
     assert run("clear").exit_code == 0
 
 
-def test_a_control_socket_is_not_waited_for(tmp_path):
-    """It answers four bytes to what it does not know, and a TPM may take minutes."""
-    path = tmp_path / "control"
+@contextlib.contextmanager
+def odd_server(path, answer):
+    """A socket on which one client gets the same answer to whatever it sends."""
     with socket.socket(socket.AF_UNIX) as listening, ThreadPoolExecutor(1) as threads:
         listening.bind(str(path))
         listening.listen()
@@ -254,11 +255,18 @@ def test_a_control_socket_is_not_waited_for(tmp_path):
             connection, _ = listening.accept()
             with connection:
                 while connection.recv(4096):
-                    connection.sendall(bytes.fromhex("0000000a"))
+                    connection.sendall(answer)
 
         serving = threads.submit(serve)
-        said = CliRunner().invoke(app, ["tpm", str(path), "version"])
+        yield
         serving.result()
+
+
+def test_a_control_socket_is_not_waited_for(tmp_path):
+    """It answers four bytes to what it does not know, and a TPM may take minutes."""
+    path = tmp_path / "control"
+    with odd_server(path, bytes.fromhex("0000000a")):
+        said = CliRunner().invoke(app, ["tpm", str(path), "version"])
     assert said.exit_code == ExitCode.UNAVAILABLE
     assert "is it a control socket?" in said.output
 
@@ -278,20 +286,9 @@ def test_an_answer_that_is_none_is_no_bug_of_ours_and_is_not_asked_for_without_e
 ):
     """It is what a fault plan with `corrupt` makes of answers, and what other servers may send."""
     path = tmp_path / "odd"
-    with socket.socket(socket.AF_UNIX) as listening, ThreadPoolExecutor(1) as threads:
-        listening.bind(str(path))
-        listening.listen()
-
-        def serve():
-            connection, _ = listening.accept()
-            with connection:
-                while connection.recv(4096):
-                    connection.sendall(bytes.fromhex(answer))
-
-        serving = threads.submit(serve)
+    with odd_server(path, bytes.fromhex(answer)):
         command = [sys.executable, "-m", "daemons.cli.main", "tpm", str(path), *words]
         said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        serving.result()
     assert said.returncode == ExitCode.UNAVAILABLE, said.stderr
     assert "gave no proper answer" in said.stderr
     assert "Traceback" not in said.stderr
