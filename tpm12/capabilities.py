@@ -42,6 +42,7 @@ from protocol.structures import (
 from protocol.wire import decode, encode
 from tpm12 import keys, nv
 from tpm12.authorization import lockout_left_us
+from tpm12.state import NO_COUNTER, RELEASED_COUNTER
 from tpm12.tpm import Tpm
 
 _U32: Final = struct.Struct(">I")
@@ -346,6 +347,12 @@ def _free_transport_sessions(tpm: Tpm) -> int:
     return tpm.world.profile.transport_sessions - len(tpm.stany.transport_sessions)
 
 
+def _active_counter(tpm: Tpm) -> int:
+    """None is active before the first increment, nor when the active one was released."""
+    count_id = tpm.stclear.count_id
+    return NO_COUNTER if count_id == RELEASED_COUNTER else count_id
+
+
 _Property = Callable[[Tpm], int | bytes]
 _PROPERTIES: Final[dict[int, _Property]] = {
     CapabilityProperty.PCR: lambda _tpm: PCR_COUNT,
@@ -385,7 +392,7 @@ _PROPERTIES: Final[dict[int, _Property]] = {
     ),
     CapabilityProperty.CMK_RESTRICTION: lambda tpm: tpm.permanent.restrict_delegate,
     CapabilityProperty.DURATION: lambda tpm: struct.pack(">3I", *tpm.world.profile.durations_us),
-    CapabilityProperty.ACTIVE_COUNTER: lambda tpm: tpm.stclear.count_id,
+    CapabilityProperty.ACTIVE_COUNTER: _active_counter,
     CapabilityProperty.MAX_NV_AVAILABLE: nv.free_bytes,
     CapabilityProperty.INPUT_BUFFER: lambda tpm: tpm.world.profile.input_buffer_bytes,
 }

@@ -39,6 +39,7 @@ def counters(log):
     say("release", 0xE0, 5, OWNER_AUTH)
     say("release", 0xDF, 6, bound=True)
     say("release", 0xDF, 3)
+    log.note("none is active", log.tpm.send(0x65, u32(5) + sized(u32(0x122))))
     create()
     for count_id in (0, 3, 0xFFFFFFFE):
         say("count", 0xDD, count_id)

@@ -23,7 +23,7 @@ from tests.tpm12.witness import (
 )
 from tpm12.commands import ALL
 from tpm12.profile import Profile
-from tpm12.state import Counter
+from tpm12.state import RELEASED_COUNTER, Counter
 
 GET_CAPABILITY, SET_CAPABILITY, GET_CAPABILITY_OWNER = 0x65, 0x3F, 0x66
 TRUE, FALSE = b"\1", b"\0"
@@ -337,6 +337,11 @@ def test_properties_that_count_what_is_left(owned):
     assert told_property(owned, 0x11F) == u32(5)
     assert told_property(owned, 0x122) == u32(0)
     assert number(told_property(owned, 0x123)) < 28672
+
+
+def test_no_counter_is_active_when_the_active_one_was_released(owned):
+    owned.change("stclear", count_id=RELEASED_COUNTER)
+    assert told_property(owned, 0x122) == u32(0xFFFFFFFF)
 
 
 def test_properties_follow_the_profile(make_bench, fresh_state):
