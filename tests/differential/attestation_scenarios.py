@@ -131,6 +131,7 @@ def identities(side):
     for name, inside in {
         "1.1": symmetric + sha1(key.pubkey),
         "1.1 of another": symmetric + ZERO,
+        "1.1 and a byte": symmetric + sha1(key.pubkey) + b"\0",
         "1.2": u16(0x2B) + symmetric + sha1(key.pubkey) + info,
         "1.2 of another": u16(0x2B) + symmetric + ZERO + info,
         "1.2 elsewhere": u16(0x2B) + symmetric + sha1(key.pubkey) + selection() + u8(2) + ZERO,
@@ -155,7 +156,7 @@ def identities(side):
 def auditing(side):
     """What is audited, and the digest of it."""
     tpm = side.tpm
-    for ordinal in (0x0A, 0x15, 0x99, 0x7777, 0x4000000A):
+    for ordinal in (0x0A, 0x15, 0x26, 0x99, 0x7777, 0x4000000A):
         for state in (1, 0, 2):
             session = owner(side.rested())
             answer = tpm.auth(SET_AUDIT, u32(ordinal) + u8(state), session)

@@ -12,6 +12,7 @@ from pathlib import Path
 from protocol.return_codes import ReturnCode
 from tests.differential import (
     attestation_scenarios,
+    bent_scenarios,
     change_scenarios,
     counter_scenarios,
     daa_scenarios,
@@ -44,11 +45,13 @@ MODULES = (
     owner_scenarios,
     session_scenarios,
     attestation_scenarios,
+    bent_scenarios,
     change_scenarios,
     refusal_scenarios,
     firmware_scenarios,
     fips_scenarios,
     order_scenarios,
+    bent_scenarios,
 )
 SCENARIOS = {name: entry for module in MODULES for name, entry in module.SCENARIOS.items()}
 NAMES = (*SCENARIOS, *engine_tests.chosen())

@@ -7,7 +7,7 @@ first checks: before start-up, disabled, deactivated, without an owner, with one
 from protocol.constants import Ordinal
 from tests.tpm12.makers import WRONG
 from tests.tpm12.test_ordinals import TABLE, body_for
-from tests.tpm12.witness import COMMAND, OWNER_AUTH, Witness, frame, u8, u16
+from tests.tpm12.witness import COMMAND, OWNER_AUTH, Witness, frame, sized, u8, u16, u32
 from tpm12.commands import ALL
 
 PHYSICAL_PRESENCE, OWNER_SET_DISABLE, SET_TEMP_DEACTIVATED = 0x4000000A, 0x6E, 0x73
@@ -79,6 +79,8 @@ def failed(side):
     """A resume of what was never saved is failure mode (Part 3 §3.2, action 4)."""
     side.power_on()
     side.note("resume nothing", side.tpm.send(Ordinal.STARTUP, u16(2)))
+    params = u32(0x10) + sized(b"")
+    side.note("capability of the maker", side.tpm.send(Ordinal.GET_CAPABILITY, params))
     every_ordinal(side)
 
 

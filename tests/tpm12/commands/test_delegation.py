@@ -31,6 +31,7 @@ from tests.tpm12.delegation_makers import (
     clear_blob,
     create_key,
     create_owner,
+    dsap,
     dsap_request,
     key_blob,
     load_owner,
@@ -355,6 +356,13 @@ def test_equal_delegations_look_different(owned, family):
 
 def test_secret_may_come_under_aes(owned, family):
     session = owned.tpm.osap(AES | ET_OWNER, 0, OWNER_AUTH)
+    params = b"\0" + public(family, 1 << 9) + aes_masked(session, DEL_AUTH)
+    blob = blob_of(owned.tpm.auth(CREATE_OWNER, params, session))
+    owner_pubek(owned.tpm, by_blob(owned.tpm, blob)).ok()
+
+
+def test_secret_may_come_under_aes_from_a_delegate(owned, family):
+    session = dsap(owned.tpm, AES | ET_BLOB, owner_blob(owned.tpm, family))
     params = b"\0" + public(family, 1 << 9) + aes_masked(session, DEL_AUTH)
     blob = blob_of(owned.tpm.auth(CREATE_OWNER, params, session))
     owner_pubek(owned.tpm, by_blob(owned.tpm, blob)).ok()
