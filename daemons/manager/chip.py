@@ -330,6 +330,10 @@ class Chip:
         except (TpmError, BadResponseError, NotNotedError):
             self._flush(self._journal.handles)
             raise
+        except ChipFault as fault:
+            if fault.fault is TisFault.SEIZED:
+                self._flush_what_was_seized()
+            raise
         else:
             self._journal.clear()
         finally:
@@ -446,6 +450,23 @@ class Chip:
             for handle in set(self._client.handles(kind)) - before:
                 self._client.flush_specific(handle, kind)
             self._doubts.pop()
+
+    def _flush_what_was_seized(self) -> None:
+        """Flush what an operation had open, as far as the chip can be reached.
+
+        At once: a start that was seized ends with it, and what is in doubt only this process knows.
+        """
+        seizures = Patience(self.seized_s)
+        while True:
+            try:
+                self._flush_doubtful()
+                self._flush(self._journal.handles)
+            except ChipFault as fault:
+                if fault.fault is TisFault.SEIZED and seizures.has_more:
+                    continue
+            except (TpmError, BadResponseError, Failure):
+                pass
+            return
 
     def _flush(self, handles: Handles) -> None:
         """Flush what is ours; that some of it has ended already is the normal case."""

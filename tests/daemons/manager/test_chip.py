@@ -205,8 +205,14 @@ def test_manager_starts_though_the_command_of_the_one_before_it_was_seized(tmp_p
     def seized(_request: bytes) -> bytes:
         raise ChipFault("run", TisError(TisFault.SEIZED, 2, "on purpose"))
 
-    genuine = link.execute
-    link.execute = lambda request: genuine(request) if opens(request) is None else seized(request)
+    genuine, is_seized = link.execute, False
+
+    def execute(request: bytes) -> bytes:
+        nonlocal is_seized
+        is_seized |= opens(request) is not None
+        return seized(request) if is_seized else genuine(request)
+
+    link.execute, bench.chip.seized_s = execute, 0.0
     with pytest.raises(ChipFault):
         _killed_with_sessions(bench.chip)
     del link.execute
@@ -216,6 +222,30 @@ def test_manager_starts_though_the_command_of_the_one_before_it_was_seized(tmp_p
     del link.resume
     bench.another().chip.start()
     assert link.sessions() == ()
+
+
+def test_manager_that_ends_because_it_was_seized_leaves_nothing_open(tmp_path: Path):
+    """The answer that names the session is lost, and then one to the command that flushes it."""
+    link = owned_link()
+    theirs = link.firmware.oiap()
+    bench = bench_on(link, tmp_path)
+    bench.chip.start()
+    genuine, seizable = link.execute, [Ordinal.OIAP, Ordinal.FLUSH_SPECIFIC]
+
+    def execute(request: bytes) -> bytes:
+        response = genuine(request)
+        if seizable and request[6:10] == seizable[0].to_bytes(4, "big"):
+            seizable.pop(0)
+            raise ChipFault("run", TisError(TisFault.SEIZED, 2, "on purpose"))
+        return response
+
+    link.execute = execute
+    with pytest.raises(ChipFault):
+        _open_sessions(bench.chip, 1)
+    assert link.sessions() == (theirs.handle,)
+    assert not seizable
+    bench.another().chip.start()
+    assert link.sessions() == (theirs.handle,)
 
 
 def test_handles_of_before_a_power_cycle_are_not_flushed_in_the_next(tmp_path: Path):
