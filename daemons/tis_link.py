@@ -19,7 +19,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Final, Self, TypeVar
 
@@ -440,18 +439,19 @@ class TisLink:
 
     def hash_sequence(self, data: bytes) -> None:
         """Run the dynamic-launch sequence of locality 4 over `data`; its page must be granted."""
-        with self._turn, self._told("run the hash sequence on"):
-            wire = self._connected(self._connect_timeout_s)
+        driver = TisDriver(HASH_LOCALITY, timing=self._driver.timing, use_interrupts=False)
+
+        def measure(wire: _Wire) -> None:
             wire.check_granted(HASH_LOCALITY)
-            # It cannot be begun again, so its own wait for a busy chip is the longer one.
-            timing = replace(self._driver.timing, d_s=self._busy_timeout_s)
-            driver = TisDriver(HASH_LOCALITY, timing=timing, use_interrupts=False)
             wire.run(driver.hash_sequence(data))
+
+        with self._turn, self._told("run the hash sequence on"):
+            self._persist(measure)  # begun anew, it resets what it measures into
 
     def relinquish(self) -> None:
         """Give the locality up: another one is granted, and a hash sequence accepted, only then."""
         with self._turn, self._told("give up a locality of"):
-            self._connected(self._connect_timeout_s).run(self._driver.relinquish())
+            self._persist(lambda wire: wire.run(self._driver.relinquish()))
 
     # -- the platform's pins
 

@@ -49,6 +49,7 @@ class Port:
         return answer_to(request)
 
     def hash_start(self):
+        self.hashed = b""
         return True
 
     def hash_data(self, data):
@@ -386,6 +387,30 @@ def test_two_cuts_in_a_row_run_each_command_exactly_once(tmp_path):
         assert exchange_three(directory / "tis.sock") == [answer_to(r) for r in requests]
         assert chip.port.executed == requests, f"cut at messages {cut} and {cut + 2}"
         chip.close()
+
+
+def test_launch_is_done_though_the_connection_is_cut_at_any_message(tmp_path, monkeypatch):
+    """The platform gives its locality up first, or the hash sequence would not be accepted."""
+    monkeypatch.setattr("daemons.tis_link.CONNECT_RETRY_S", 0.001)
+    hello = messages.Hello(version=1, locality_mask=0b11111, is_platform=True)
+    cut, is_through = 1, False
+    while not is_through:
+        directory = tmp_path / str(cut)
+        directory.mkdir(0o700)
+        chip = Chip(directory / "tis.sock", greeting=hello)
+        chip.on_message = cut_at(cut)
+        with TisLink(directory / "tis.sock", 2, reconnect_timeout_s=5.0) as link:
+            assert link.exchange(command(EXTEND)) == answer_to(command(EXTEND))
+            link.relinquish()
+            assert chip.device.active_locality is None
+            link.hash_sequence(b"launcher" * 10)
+        assert chip.port.executed == [command(EXTEND)], f"cut at message {cut}"
+        assert chip.port.hashed == b"launcher" * 10, f"cut at message {cut}"
+        assert chip.device.active_locality is None
+        is_through = chip.connections == 1
+        chip.close()
+        cut += 1
+    assert cut > 20
 
 
 def cut_at(*cuts):
