@@ -356,12 +356,13 @@ class FaultRun:
             # What is judged is what was seen last: a kill that was on its way when the plan ended
             # may still hit somebody between two looks.
             nonlocal after
-            are_alive, after = self._are_alive(), self._rows()
-            return are_alive and all(
-                name in after and _is_well(after[name]) for name in self._before
-            )
+            if not self._are_alive():
+                return False
+            after = self._rows()
+            return all(name in after and _is_well(after[name]) for name in self._before)
 
-        _wait(is_whole)
+        if not _wait(is_whole):
+            after = self._rows()
         problems = []
         for name, before in self._before.items():
             row = after.get(name)
