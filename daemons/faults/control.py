@@ -24,8 +24,8 @@ from daemons.faults.hooks import (
     PLAN_NAME,
     directory_of,
 )
-from daemons.faults.page import SENT, Page
-from daemons.faults.plan import AT_ACCESSES, EVERY_DOMAIN, Fault, What
+from daemons.faults.page import Page
+from daemons.faults.plan import Fault
 from daemons.places import Places
 
 GIVE_BACK_S: Final = 5.0
@@ -116,14 +116,8 @@ class FaultControl:
 
     def operations(self, fault: Fault) -> int:
         """How many operations there were since `arm` at which a fault inside a daemon could be."""
-        kind = fault.where.kind
-        is_everybody = fault.where.domain == EVERY_DOMAIN
-        pages = list(self._pages.values()) if is_everybody else [self._pages[fault.where.domain]]
-        if fault.what is What.LOST_RESPONSE:
-            return sum(page.counted(kind + SENT) for page in pages)
-        if fault.what in AT_ACCESSES:
-            return sum(page.counted(kind) - page.counted(kind + SENT) for page in pages)
-        return sum(page.counted(kind) for page in pages)
+        pages = [page for name, page in self._pages.items() if fault.where.is_in(name)]
+        return sum(page.operations(fault) for page in pages)
 
     def new_lines(self) -> list[Line]:
         """Give what the daemons have written into their run logs since the last time."""

@@ -112,17 +112,16 @@ class Injection:
                 return None
             if generation != self._generation:
                 self._read_plan(generation)
-            number = self._page.count(kind)
-            sent_number = self._page.count(kind + SENT) if is_sent else 0
+            self._page.count(kind)
+            if is_sent:
+                self._page.count(kind + SENT)
             for fault in self._faults:
                 if fault.kind.value != kind:
                     continue
-                counted = number
-                if fault.what is What.LOST_RESPONSE:
-                    counted = sent_number
-                elif fault.what in AT_ACCESSES:
-                    counted = 0 if is_sent else number - self._page.counted(kind + SENT)
-                if counted and self._is_due(fault, counted) and self.is_wanted():
+                if (fault.what in AT_ACCESSES) if is_sent else (fault.what is What.LOST_RESPONSE):
+                    continue
+                counted = self._page.operations(fault)
+                if self._is_due(fault, counted) and self.is_wanted():
                     self._tell(fault, counted)
                     if fault.what is What.KILL:
                         die()

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from daemons.faults.hooks import PAGE_BYTES
+from daemons.faults.plan import AT_ACCESSES, Fault, What
 
 MAGIC: Final = b"VTPMFLT2"
 _U64: Final = struct.Struct("<Q")
@@ -148,6 +149,15 @@ class Page:
     def counted(self, slot: str) -> int:
         """How many there were."""
         return self._get(_at(slot))
+
+    def operations(self, fault: Fault) -> int:
+        """How many there were at which a fault could be."""
+        kind = fault.where.kind
+        if fault.what is What.LOST_RESPONSE:
+            return self.counted(kind + SENT)
+        if fault.what in AT_ACCESSES:
+            return self.counted(kind) - self.counted(kind + SENT)
+        return self.counted(kind)
 
     def close(self) -> None:
         """Let the page go."""

@@ -462,11 +462,12 @@ class Chip:
                 self._flush_doubtful()
                 self._flush(self._journal.handles)
             except ChipFault as fault:
-                if fault.fault is TisFault.SEIZED and seizures.has_more:
-                    continue
+                if fault.fault is not TisFault.SEIZED or not seizures.has_more:
+                    return
             except (TpmError, BadResponseError, Failure):
-                pass
-            return
+                return
+            else:
+                return
 
     def _flush(self, handles: Handles) -> None:
         """Flush what is ours; that some of it has ended already is the normal case."""
