@@ -1,4 +1,4 @@
-"""Structures other than keys that are bent: lengths, versions, and bytes behind what they hold."""
+"""Structures that are bent: lengths, versions, flags, and bytes behind what they hold."""
 
 from tests.differential.attestation_scenarios import NEW, destination
 from tests.differential.owner_scenarios import GET_CAPABILITY, SAVE_STATE, STARTUP, forgive, owner
@@ -27,6 +27,7 @@ from tests.tpm12.witness import (
     ZERO,
     frame,
     parse_key,
+    rsa_parms,
     sha1,
     sized,
     u8,
@@ -45,6 +46,51 @@ RELEASE_SELECTION = 5
 def bent(structure, at, value):
     """With another byte at a place."""
     return structure[:at] + u8(value) + structure[at + 1 :]
+
+
+VERSION, AUTH_USAGE, KEY_LENGTH = 0, 10, 25
+PARMS_SIZE, EXPONENT_SIZE, PCR_SIZE, MODULUS_SIZE = 19, 31, 35, 39
+"""Where these bytes of a TPM_KEY stand (its lengths: the second byte of four, or the first)."""
+
+
+def keys(side):
+    """Descriptions and blobs of keys with a length, a version or a usage that none has."""
+    wanted = signing()
+    for cut in (2, 10, 12, 24, len(wanted) - 1):
+        side.note(f"description cut to {cut}", wrap(side.rested(), wanted[:cut]))
+    for at, value in ((VERSION, 0), (AUTH_USAGE, 2)):
+        side.note(f"description {at} {value}", wrap(side.rested(), bent(wanted, at, value)))
+    for at in (PARMS_SIZE, EXPONENT_SIZE, PCR_SIZE, MODULUS_SIZE):
+        side.note(f"length in a description {at}", wrap(side.rested(), bent(wanted, at, 1)))
+    blob = side.note("wrap", wrap(side.rested(), wanted)).ok()
+    for at in (PARMS_SIZE, EXPONENT_SIZE, PCR_SIZE, MODULUS_SIZE):
+        side.note(f"length in a blob {at}", load(side.rested(), bent(blob, at, 1)))
+    for at, value in ((VERSION, 0), (AUTH_USAGE, 2), (KEY_LENGTH, 1)):
+        side.note(f"blob {at} {value}", load(side.rested(), bent(blob, at, value)))
+    for tag in (0, 0x28, 0x29, 0xFFFF):
+        other = u16(tag) + movers.storage_cmk()[2:]
+        answer = movers.create_cmk(side.rested(), other, u32(0), approval=ZERO)
+        side.note(f"key that migrates with the tag {tag:x}", answer)
+    # Last: a handle on one side only.
+    side.note("revision of a blob", load(side.rested(), bent(blob, 2, 1)))
+
+
+def values(side):
+    """Flags that are neither 0 nor 1, and parameters of keys that are none."""
+    tpm = side.tpm
+    parms = rsa_parms()
+    for name, asked in {
+        "no algorithm": u32(0) + parms[4:],
+        "a byte behind": parms + b"\0",
+        "exponent that is longer than it is": bent(parms, 23, 1),
+        "parameters that are longer than they are": bent(parms, 9, 1),
+        "three primes": bent(parms, 19, 3),
+        "length": bent(parms, 12, 1),
+    }.items():
+        side.note(f"loaded {name}", tpm.send(GET_CAPABILITY, u32(8) + sized(asked)))
+    for flag in (2, 20):
+        params = u32(1) + sized(u32(flag)) + sized(b"\2")
+        side.note(f"flag {flag} 2", tpm.auth(SET_CAPABILITY, params, owner(side.rested())))
 
 
 def blobs(side):
@@ -104,7 +150,7 @@ def too_long(side):
     side.note("convert, too long", movers.convert(side.rested(), enc_data, bytes(100)))
 
 
-ALGORITHM, KEY_BITS, EXPONENT_SIZE = 3, 14, 23
+PUBKEY_ALGORITHM, PUBKEY_BITS, PUBKEY_EXPONENT_SIZE = 3, 14, 23
 """Where these bytes of a TPM_PUBKEY stand: the last of four, but the third of the bits."""
 
 
@@ -113,9 +159,9 @@ def public_keys(side):
     tpm = side.tpm
     pubkey = destination().pubkey
     bends = {
-        "algorithm": bent(pubkey, ALGORITHM, 6),
-        "bits": bent(pubkey, KEY_BITS, 0x10),
-        "exponent": bent(pubkey, EXPONENT_SIZE, 1),
+        "algorithm": bent(pubkey, PUBKEY_ALGORITHM, 6),
+        "bits": bent(pubkey, PUBKEY_BITS, 0x10),
+        "exponent": bent(pubkey, PUBKEY_EXPONENT_SIZE, 1),
     }
     ticket = movers.authorize(side.rested(), pubkey).ok()
     side.note("ticket")
@@ -132,7 +178,7 @@ def public_keys(side):
         answer = tpm.auth(KEY_CONTROL_OWNER, params, owner(side.rested()), handles=u32(key))
         side.note(f"keep {name}", answer)
     signed = sha1(b"ticket")
-    verifier = bent(destination().as_verifier(), EXPONENT_SIZE, 1)
+    verifier = bent(destination().as_verifier(), PUBKEY_EXPONENT_SIZE, 1)
     answer = movers.create_ticket(side.rested(), verifier, signed, bytes(256))
     side.note("verify exponent", answer)
     srk = movers.srk_pubkey(side.rested())
@@ -182,6 +228,8 @@ def commands(side):
 
 
 SCENARIOS = {
+    "bent keys": ("owned", keys),
+    "bent values": ("owned", values),
     "bent blobs": ("owned", blobs),
     "too long": ("owned", too_long),
     "bent public keys": ("owned", public_keys),

@@ -17,7 +17,6 @@ from tests.tpm12.makers import (
     WRONG,
     area_info,
     composite,
-    load,
     loaded,
     nv_public,
     pcr_info,
@@ -312,62 +311,7 @@ def dir_of_nobody(side):
         side.note(f"{name} as the owner", side.tpm.auth(ordinal, params, session))
 
 
-# -- keys and values that are not as they should be ------------------------------------------------
-
-VERSION, AUTH_USAGE, PARMS_SIZE, KEY_LENGTH, EXPONENT_SIZE, PCR_SIZE, MODULUS_SIZE = (
-    *(0, 10, 19, 25, 31),
-    *(35, 39),
-)
-"""Where these bytes of a TPM_KEY stand (its lengths: the second byte of four, or the first)."""
-
-
-def _bent(description, at, value):
-    return description[:at] + u8(value) + description[at + 1 :]
-
-
-def bent_keys(side):
-    """Descriptions and blobs of keys with a length, a version or a usage that none has."""
-    wanted = signing()
-    for cut in (2, 10, 12, 24, len(wanted) - 1):
-        side.note(f"description cut to {cut}", wrap(side.rested(), wanted[:cut]))
-    for at, value in ((VERSION, 0), (AUTH_USAGE, 2)):
-        side.note(f"description {at} {value}", wrap(side.rested(), _bent(wanted, at, value)))
-    for at in (PARMS_SIZE, EXPONENT_SIZE, PCR_SIZE, MODULUS_SIZE):
-        side.note(f"length in a description {at}", wrap(side.rested(), _bent(wanted, at, 1)))
-    blob = side.note("wrap", wrap(side.rested(), wanted)).ok()
-    for at in (PARMS_SIZE, EXPONENT_SIZE, PCR_SIZE, MODULUS_SIZE):
-        side.note(f"length in a blob {at}", load(side.rested(), _bent(blob, at, 1)))
-    for at, value in ((VERSION, 0), (AUTH_USAGE, 2), (KEY_LENGTH, 1)):
-        side.note(f"blob {at} {value}", load(side.rested(), _bent(blob, at, value)))
-    for tag in (0, 0x28, 0x29, 0xFFFF):
-        bent = u16(tag) + movers.storage_cmk()[2:]
-        answer = movers.create_cmk(side.rested(), bent, u32(0), approval=ZERO)
-        side.note(f"key that migrates with the tag {tag:x}", answer)
-    # Last: a handle on one side only.
-    side.note("revision of a blob", load(side.rested(), _bent(blob, 2, 1)))
-
-
-def bent_values(side):
-    """Flags that are neither 0 nor 1, and parameters of keys that are none."""
-    tpm = side.tpm
-    parms = rsa_parms()
-    for name, asked in {
-        "no algorithm": u32(0) + parms[4:],
-        "a byte behind": parms + b"\0",
-        "exponent that is longer than it is": _bent(parms, 23, 1),
-        "parameters that are longer than they are": _bent(parms, 9, 1),
-        "three primes": _bent(parms, 19, 3),
-        "length": _bent(parms, 12, 1),
-    }.items():
-        side.note(f"loaded {name}", tpm.send(GET_CAPABILITY, u32(8) + sized(asked)))
-    for flag in (2, 20):
-        params = u32(1) + sized(u32(flag)) + sized(b"\2")
-        side.note(f"flag {flag} 2", tpm.auth(SET_CAPABILITY, params, owner(side.rested())))
-
-
 SCENARIOS = {
-    "bent keys": ("owned", bent_keys),
-    "bent values": ("owned", bent_values),
     "lists": ("owned", lists),
     "counters after a start": ("owned", counters_after_a_start),
     "DIR of nobody": ("with_ek", dir_of_nobody),
