@@ -137,16 +137,13 @@ def read_blocks(data: bytes, at: int, count: int) -> list[AuthBlock]:
     """
     if at + AUTH_REQUEST_BYTES * count != len(data):
         raise TpmError(ReturnCode.BAD_PARAM_SIZE, "the request does not end with its auth blocks")
-    if count == 1:
-        return [_block_at(data, at)]
-    return [_block_at(data, start) for start in range(at, len(data), AUTH_REQUEST_BYTES)]
-
-
-def _block_at(data: bytes, at: int) -> AuthBlock:
-    handle, nonce_odd, continues, mac = _read_block(data, at)
-    if continues > 1:
-        raise TpmError(ReturnCode.BAD_PARAMETER, "a BOOL other than 0 or 1")
-    return AuthBlock(handle, nonce_odd, continues == 1, mac)
+    blocks = []
+    for start in (at,) if count == 1 else range(at, len(data), AUTH_REQUEST_BYTES):
+        handle, nonce_odd, continues, mac = _read_block(data, start)
+        if continues > 1:
+            raise TpmError(ReturnCode.BAD_PARAMETER, "a BOOL other than 0 or 1")
+        blocks.append(AuthBlock(handle, nonce_odd, continues == 1, mac))
+    return blocks
 
 
 Declared = Sequence[tuple["AuthBy", AuthBlock | None]]
@@ -184,10 +181,6 @@ class Authorized:
         self.keys = keys
 
     # -- for handlers ------------------------------------------------------------------------
-
-    def __bool__(self) -> bool:
-        """Did any session come with the command?"""
-        return bool(self.blocks)
 
     def has(self, over: str) -> bool:
         """Did a session come for this declared use?"""

@@ -52,6 +52,7 @@ _LEGACY: Final = b"\x01"
 """What stands behind the IV in a context of 1.1 age."""
 _NO_LABEL: Final = bytes(16)
 _COUNT_MAX: Final = 0xFFFFFFFF
+_IS_VOLATILE: Final = int(KeyFlags.IS_VOLATILE)
 _NO_KEY: Final = bytes(16)
 """The contextKey of a TPM from the factory, which everybody knows: nothing is done with it."""
 
@@ -206,7 +207,7 @@ def load_key(
         raise TpmError(ReturnCode.BADCONTEXT) from error
     if is_legacy:
         _require_nonce(sensitive, _legacy_nonce(tpm))
-    elif key.parent_pcr_status or key.flags & KeyFlags.IS_VOLATILE:
+    elif key.parent_pcr_status or key.flags & _IS_VOLATILE:
         _require_nonce(sensitive, tpm.stclear.context_nonce_key)
     check_room(tpm)
     handle = _handle(

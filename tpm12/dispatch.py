@@ -97,6 +97,7 @@ class Command:
         digest_prefix: What a response's digest begins with: success and the ordinal.
         unserved: The declared sessions when none came.
         leaves_checks: Nothing of its authorization is for the dispatcher to check.
+        is_plain: May come without sessions, and then nothing but gates stands before its handler.
     """
 
     ordinal: int
@@ -126,6 +127,7 @@ class Command:
     digest_prefix: bytes
     unserved: tuple[tuple[AuthBy, None], ...]
     leaves_checks: bool
+    is_plain: bool
     sessions_by_count: dict[int, tuple[bool, ...]] = field(default_factory=dict)
     sessions_by_tag: dict[int, tuple[bool, ...]] = field(default_factory=dict)
 
@@ -162,6 +164,7 @@ def command(  # noqa: PLR0913 - a declaration has many words
         handles_in, handles_out = _leading_handles(takes), _leading_handles(gives)
         unhashed = _UNHASHED_BYTES.get(ordinal, (4 * handles_in, 4 * handles_out))
         by_count = _assignments(sessions)
+        is_audited = ordinal in AUDITED_AT_FACTORY
         declared = Command(
             ordinal=ordinal,
             name=name,
@@ -177,7 +180,7 @@ def command(  # noqa: PLR0913 - a declaration has many words
             key_handles_at=_key_handles_at(ordinal, takes),
             params_at=HEADER_BYTES + unhashed[0],
             results_at=HEADER_BYTES + unhashed[1],
-            is_audited_at_factory=ordinal in AUDITED_AT_FACTORY,
+            is_audited_at_factory=is_audited,
             authorized=(
                 TransportAuthorized
                 if any(by.kinds is TRANSPORT_ONLY for by in sessions)
@@ -194,6 +197,7 @@ def command(  # noqa: PLR0913 - a declaration has many words
             digest_prefix=bytes(4) + ordinal.to_bytes(4, "big"),
             unserved=tuple((by, None) for by in sessions),
             leaves_checks=not key_operands and all(by.over != "owner" for by in sessions),
+            is_plain=0 in by_count and not (key_operands or is_audited or Gate.OWNED in gates),
             sessions_by_count=by_count,
             sessions_by_tag={Tag.RQU_COMMAND + count: by_count[count] for count in by_count},
         )

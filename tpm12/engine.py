@@ -20,7 +20,7 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from protocol.constants import AUTH_REQUEST_BYTES, HEADER_BYTES, Ordinal, Tag
 from protocol.return_codes import ReturnCode, TpmError
@@ -40,7 +40,7 @@ from tpm12.dispatch import AuthBy, Command, table
 from tpm12.keys import LoadedKey
 from tpm12.ports import Clock, KeyGenerator, StirrableRng
 from tpm12.profile import Profile
-from tpm12.state import SelfTestState, StAny, State, Volatile
+from tpm12.state import SelfTestState, StAny, State, StClear, Volatile
 from tpm12.tpm import Tpm, World, Wrapping
 from tpm12.transport import TransportAuthorized
 
@@ -56,8 +56,7 @@ _DONE: Final = _header(_RESPONSE, HEADER_BYTES, 0)
 _FULLY_TESTED: Final = SelfTestState.FULL
 _NO_KEYS: Final[dict[str, LoadedKey]] = {}
 _NOTHING_READY: Final[Mapping[int, Command]] = {}
-_UNAUTHORIZED: Final = Authorized(cast("Tpm", None), 0, (), (), b"", {})
-"""What a command gets that declares no session; there is nothing in it to be had."""
+_NO_SESSION: Final[tuple[tuple[AuthBy, AuthBlock | None], ...]] = ((AuthBy(over=""), None),)
 _FATAL: Final = frozenset({ReturnCode.FAIL, ReturnCode.AUDITFAIL_SUCCESSFUL})
 """What "cannot happen", and what was done and not audited: such a TPM trusts itself no more."""
 
@@ -118,14 +117,14 @@ class Engine:
         # The draft of the command before, settled, serves the next one if its state was kept.
         self._draft = Tpm(state, self._world, 0)
         self._draft_of: State | None = None
+        self._unauthorized = _without_sessions(self._draft)
+        """What a command gets that comes without sessions."""
         self._ready: Mapping[int, Command] = _NOTHING_READY
         """The commands for which nothing in the state is in the way: all of them, as a rule."""
 
     # -- one command -------------------------------------------------------------------------
 
-    def execute(  # noqa: C901, PLR0912, PLR0915 - the steps in a row; a call for each costs double
-        self, request: bytes, locality: int = 0
-    ) -> Outcome:
+    def execute(self, request: bytes, locality: int = 0) -> Outcome:
         """Run one command on a draft of the state.
 
         Args:
@@ -146,47 +145,24 @@ class Engine:
         self._draft_of = None  # only what ends well puts it back
         tpm.locality = locality
         blocks: list[AuthBlock] = []
+        operands: Any = None
         try:
-            if command is not None:
-                # What `_begin` would look for is not there, and was found not to be in one go.
-                operands, at = command.takes.__wire_decode__(request, HEADER_BYTES)  # type: ignore[attr-defined]
-                if command.needs_owner and tpm.permanent.owner_auth is None:
-                    raise TpmError(ReturnCode.NOSRK)  # noqa: TRY301 - one way out for all codes
-                is_audited = command.is_audited_at_factory
+            if tag == _REQUEST and command is not None and command.is_plain:
+                # Most commands. Where other bytes than its operands are there, what is wrong with
+                # them is found by the way that all others go.
+                operands = command.takes.__wire_operands__(request)  # type: ignore[attr-defined]
+            if operands is None:
+                response = self._run(tpm, command, request, blocks)
             else:
-                command = self._table.get(ordinal)
-                command, operands, at, is_audited = _begin(tpm, command, request)
-            if tag not in command.sessions_by_tag:
-                raise TpmError(ReturnCode.BADTAG)  # noqa: TRY301
-            if tag != _REQUEST:
-                blocks = read_blocks(request, at, tag - _REQUEST)
-            elif at != size:
-                raise TpmError(ReturnCode.BAD_PARAM_SIZE)  # noqa: TRY301
-            in_digest = b""
-            if blocks or is_audited:
-                in_digest = sha1(_ordinal_and_parameters(request, command.params_at, at))
-            if blocks or command.keys or is_audited:
-                auth = _authorize(tpm, command, operands, blocks, in_digest)
-            elif command.sessions:
-                auth = Authorized(tpm, ordinal, command.unserved, (), b"", _NO_KEYS)
-            else:
-                auth = _UNAUTHORIZED
-            results = command.handler(tpm, operands, auth)
-            if blocks:
-                response = _signed(command, results, auth)
-            elif results is None:
-                response = _DONE
-            else:
-                response = results.__wire_frame__(_RESPONSE, 0)
-            if is_audited:
-                auditing.record(tpm, command, auth, response)
+                results = command.handler(tpm, operands, self._unauthorized)  # type: ignore[union-attr]
+                response = _DONE if results is None else results.__wire_frame__(_RESPONSE, 0)
         except WrongHmacError as error:
             tpm.rollback()
             count_failure(tpm)
-            return self._ended(tpm, before, command, blocks, error.code)
+            return self._ended(tpm, before, ordinal, blocks, error.code)
         except (TpmError, DecodeError) as error:
             tpm.rollback()
-            return self._ended(tpm, before, command, blocks, error.code)
+            return self._ended(tpm, before, ordinal, blocks, error.code)
         if (
             tpm.stany is before.stany
             and tpm.stclear is before.stclear
@@ -195,10 +171,72 @@ class Engine:
         ):
             self._draft_of = before
             return Outcome(response, before, False, _SUCCESS)
+        return self._changed(tpm, before, response)
+
+    def _run(  # noqa: C901, PLR0912 - the steps in a row; a call for each costs double
+        self, tpm: Tpm, command: Command | None, request: bytes, blocks: list[AuthBlock]
+    ) -> bytes:
+        """Run a command of any kind, with all checks.
+
+        Args:
+            tpm: Its draft.
+            command: None: something in the state may be in its way, or there is no such command.
+            request: The whole frame.
+            blocks: Takes its auth blocks, also when it then fails.
+        """
+        tag, size, ordinal = _read_header(request)
+        if command is not None:
+            # What `_begin` would look for is not there, and was found not to be in one go.
+            operands, at = command.takes.__wire_decode__(request, HEADER_BYTES)  # type: ignore[attr-defined]
+            if command.needs_owner and tpm.permanent.owner_auth is None:
+                raise TpmError(ReturnCode.NOSRK)
+            is_audited = command.is_audited_at_factory
+        else:
+            command, operands, at, is_audited = _begin(tpm, self._table.get(ordinal), request)
+        if tag not in command.sessions_by_tag:
+            raise TpmError(ReturnCode.BADTAG)
+        if tag != _REQUEST:
+            blocks += read_blocks(request, at, tag - _REQUEST)
+        elif at != size:
+            raise TpmError(ReturnCode.BAD_PARAM_SIZE)
+        in_digest = b""
+        if blocks or is_audited:  # neither the header nor the handles are hashed
+            params_at = command.params_at
+            if params_at == HEADER_BYTES:
+                in_digest = sha1(request[6:at])
+            else:
+                in_digest = sha1(request[6:HEADER_BYTES] + request[params_at:at])
+        if blocks or command.keys or is_audited:
+            auth = _authorize(tpm, command, operands, blocks, in_digest)
+        else:
+            auth = self._unauthorized
+        results = command.handler(tpm, operands, auth)
+        if blocks:
+            response = _signed(command, results, auth)
+        elif results is None:
+            response = _DONE
+        else:
+            response = results.__wire_frame__(_RESPONSE, 0)
+        if is_audited:
+            auditing.record(tpm, command, auth, response)
+        return response
+
+    def _changed(self, tpm: Tpm, before: State, response: bytes) -> Outcome:
+        """A command that has changed something; of the state only that is looked through."""
         state = self._draft_of = tpm.settle()
-        if self._ready is not self._table or not _is_free_as_before(state, before):
+        stany, stclear, volatile = state.stany, state.stclear, state.volatile
+        is_permanent_changed = state.permanent is not before.permanent
+        if (
+            is_permanent_changed
+            or self._ready is _NOTHING_READY
+            or (stany is not before.stany and _is_stany_held(stany))
+            or (stclear is not before.stclear and _is_stclear_held(stclear))
+            or volatile.self_test != _FULLY_TESTED
+        ):
             self._ready = self._ready_in(state)
-        return Outcome(response, state, state.permanent is not before.permanent, _SUCCESS)
+        elif volatile is not before.volatile:
+            self._ready = self._ready_beside_thread(volatile)
+        return Outcome(response, state, is_permanent_changed, _SUCCESS)
 
     def _new_draft(self, state: State) -> Tpm:
         """A draft for a command whose state is not the one that the last command left.
@@ -207,17 +245,22 @@ class Engine:
         ended well serves the next one.
         """
         self._draft = Tpm(state, self._world, 0)
+        self._unauthorized = _without_sessions(self._draft)
         self._ready = self._ready_in(state)
         return self._draft
 
     def _ready_in(self, state: State) -> Mapping[int, Command]:
         """The commands for which nothing in a state is in the way."""
-        if _is_held(state):
-            return _NOTHING_READY
-        if state.volatile.sha1_thread is None:
+        return _NOTHING_READY if _is_held(state) else self._ready_beside_thread(state.volatile)
+
+    def _ready_beside_thread(self, volatile: Volatile) -> Mapping[int, Command]:
+        """The same, when nothing but a SHA-1 computation in progress can be in the way.
+
+        Most commands end it, and so does any that comes through another transport session.
+        """
+        if volatile.sha1_thread is None:
             return self._table
-        # Most commands end a SHA-1 computation, and so does any from another transport session.
-        is_on_transport = self._world.wrapping or state.volatile.sha1_thread_transport
+        is_on_transport = self._world.wrapping or volatile.sha1_thread_transport
         return _NOTHING_READY if is_on_transport else self._hashing
 
     def keep(self, outcome: Outcome) -> None:
@@ -238,7 +281,7 @@ class Engine:
         count = tag - _REQUEST
         blocks = read_blocks(request, len(request) - AUTH_REQUEST_BYTES * count, count)
         draft = Tpm(before, self._world, 0)
-        return self._ended(draft, before, self._table.get(ordinal), blocks, code)
+        return self._ended(draft, before, ordinal, blocks, code)
 
     def _run_wrapped(self, tpm: Tpm, request: bytes, wrapping: Wrapping) -> bytes:
         """Run a command that came inside another one, on the other's draft."""
@@ -309,13 +352,13 @@ class Engine:
         self,
         tpm: Tpm,
         before: State,
-        command: Command | None,
+        ordinal: int,
         blocks: list[AuthBlock],
         code: ReturnCode,
     ) -> Outcome:
         """A failed command: the sessions it named are gone, unless it was refused unread."""
         if blocks and code is not ReturnCode.DEFEND_LOCK_RUNNING:
-            if _is_on_transport(command):
+            if _is_on_transport(self._table.get(ordinal)):
                 *blocks, last = blocks
                 transport.end(tpm, last.handle)
             sessions = tpm.stany.sessions
@@ -343,45 +386,33 @@ class Engine:
         return Outcome(response, tpm.state(), permanent_changed=changed, code=code)
 
 
+def _without_sessions(tpm: Tpm) -> Authorized:
+    """The authorization of any command on a draft that no session came with: nothing is proven."""
+    return Authorized(tpm, 0, _NO_SESSION, (), b"", _NO_KEYS)
+
+
 def _is_held(state: State) -> bool:
     """May there be something that would stop a command, or that any command would end?
 
     It is looked for when the state has changed, not with each command.
     """
-    permanent, stclear, stany, volatile = (
-        state.permanent,
-        state.stclear,
-        state.stany,
-        state.volatile,
-    )
+    permanent = state.permanent
     return bool(
-        stany.post_initialise
-        or stany.transport_exclusive
-        or volatile.self_test != _FULLY_TESTED
-        or stclear.deactivated
-        or stclear.failed_tries
-        or stclear.disable_reset_lock
+        _is_stany_held(state.stany)
+        or _is_stclear_held(state.stclear)
+        or state.volatile.self_test != _FULLY_TESTED
         or permanent.flags.disable
         or permanent.saved_state is not None
         or permanent.ordinal_audit_status
     )
 
 
-def _is_free_as_before(state: State, before: State) -> bool:
-    """Is nothing in the way of commands, as nothing was before? False: not known.
+def _is_stany_held(stany: StAny) -> object:
+    return stany.post_initialise or stany.transport_exclusive
 
-    Most commands that change something change a session or a PCR; the rest is not looked at then.
-    """
-    stany, stclear = state.stany, state.stclear
-    return not (
-        state.volatile is not before.volatile
-        or state.permanent is not before.permanent
-        or stany.post_initialise
-        or stany.transport_exclusive
-        or stclear.deactivated
-        or stclear.failed_tries
-        or stclear.disable_reset_lock
-    )
+
+def _is_stclear_held(stclear: StClear) -> object:
+    return stclear.deactivated or stclear.failed_tries or stclear.disable_reset_lock
 
 
 def _begin(tpm: Tpm, command: Command | None, request: bytes) -> tuple[Command, object, int, bool]:
@@ -403,13 +434,6 @@ def _begin(tpm: Tpm, command: Command | None, request: bytes) -> tuple[Command, 
     _check_gates(tpm, command, tag)
     audit_status = tpm.permanent.ordinal_audit_status
     return command, operands, at, audit_status.get(ordinal, command.is_audited_at_factory)
-
-
-def _ordinal_and_parameters(request: bytes, params_at: int, params_end: int) -> bytes:
-    """What is hashed of a request: neither its header nor its handles."""
-    if params_at == HEADER_BYTES:
-        return request[6:params_end]
-    return request[6:10] + request[params_at:params_end]
 
 
 def _end_what_commands_end(tpm: Tpm, command: Command | None) -> None:
@@ -485,7 +509,7 @@ def _authorize(
     tpm: Tpm,
     command: Command,
     operands: object,
-    blocks: list[AuthBlock],
+    blocks: Sequence[AuthBlock],
     in_digest: bytes,
 ) -> Authorized:
     """Resolve key handles, check the keys' own bindings, then the sessions."""

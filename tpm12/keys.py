@@ -37,6 +37,8 @@ from tpm12.crypto import DEFAULT_EXPONENT, HmacKey, RsaPrivateKey, RsaPublicKey,
 RSA_BITS_MIN: Final = 512
 RSA_BITS_MAX: Final = 2048
 STORAGE_KEY_BITS: Final = 2048
+_MIGRATABLE: Final = int(KeyFlags.MIGRATABLE)
+"""A plain integer: with an enumerator, `&` runs Python code."""
 
 
 @wire
@@ -138,7 +140,7 @@ class LoadedKey:
     @property
     def is_migratable(self) -> bool:
         """May it leave this TPM?"""
-        return bool(self.flags & KeyFlags.MIGRATABLE)
+        return bool(self.flags & _MIGRATABLE)
 
     @property
     def enc_scheme(self) -> int:

@@ -42,6 +42,7 @@ _WRITEDEFINE, _WRITEALL = int(NvAttribute.WRITEDEFINE), int(NvAttribute.WRITEALL
 _GLOBALLOCK = int(NvAttribute.GLOBALLOCK)
 _WRITE_STCLEAR, _READ_STCLEAR = int(NvAttribute.WRITE_STCLEAR), int(NvAttribute.READ_STCLEAR)
 _ANY_WRITE_GUARD: Final = _OWNERWRITE | _AUTHWRITE | _WRITEDEFINE | _PPWRITE
+_READ_GUARDS: Final = _PPREAD | _READ_STCLEAR
 _ANY_WRITE_LOCK: Final = _WRITEDEFINE | _GLOBALLOCK | _WRITE_STCLEAR
 
 
@@ -163,12 +164,14 @@ def check_read(tpm: Tpm, area: NvArea) -> None:
     Raises:
         TpmError: BAD_PRESENCE, DISABLED_CMD, BAD_LOCALITY, WRONGPCRVAL.
     """
-    attributes = area.public.permission.attributes
-    if attributes & _PPREAD:
-        tpm.require_presence()
-    if attributes & _READ_STCLEAR and area.public.nv_index in tpm.stclear.nv_read_locked:
-        raise TpmError(ReturnCode.DISABLED_CMD)
-    pcrs.check_release(tpm, area.public.pcr_info_read)
+    public = area.public
+    attributes = public.permission.attributes
+    if attributes & _READ_GUARDS:
+        if attributes & _PPREAD:
+            tpm.require_presence()
+        if attributes & _READ_STCLEAR and public.nv_index in tpm.stclear.nv_read_locked:
+            raise TpmError(ReturnCode.DISABLED_CMD)
+    pcrs.check_release(tpm, public.pcr_info_read)
 
 
 def read(tpm: Tpm, area: NvArea, offset: int, size: int) -> bytes:

@@ -42,7 +42,7 @@ ATTRIBUTES: Final[tuple[PcrAttributes, ...]] = (
 DYNAMIC_PCRS: Final = range(17, 23)
 """What the locality 4 hash sequence resets to zero."""
 DRTM_PCR: Final = 17
-_LOCALITY_4: Final = 0x10
+_LOCALITY_4: Final = 4
 
 EMPTY_SELECTION_DIGEST: Final = ZERO_DIGEST
 """COMPOSITE_HASH of an empty selection."""
@@ -62,11 +62,11 @@ def extend(tpm: Tpm, pcr_num: int, digest: bytes) -> bytes:
     """
     if pcr_num >= PCR_COUNT:
         raise TpmError(ReturnCode.BADINDEX)
-    if not ATTRIBUTES[pcr_num].extendable_from & tpm.locality_bit:
+    if not ATTRIBUTES[pcr_num].extendable_from >> tpm.locality & 1:
         raise TpmError(ReturnCode.BAD_LOCALITY)
     if (
         pcr_num == DRTM_PCR
-        and tpm.locality_bit != _LOCALITY_4
+        and tpm.locality != _LOCALITY_4
         and tpm.stclear.pcrs[pcr_num] == ZERO_DIGEST
     ):
         # Between the reset and the hash sequence's digest: else a program would begin the chain.
@@ -140,10 +140,15 @@ def check_release(tpm: Tpm, binding: PcrInfo | PcrInfoLong | PcrInfoShort | None
     """
     if binding is None:
         return
-    selection = release_selection(binding)
+    if isinstance(binding, PcrInfoLong):
+        selection = binding.release_pcr_selection
+    else:
+        selection = binding.pcr_selection
     if selection.indices and composite_hash(tpm, selection) != binding.digest_at_release:
         raise TpmError(ReturnCode.WRONGPCRVAL)
-    if not isinstance(binding, PcrInfo) and not binding.locality_at_release & tpm.locality_bit:
+    if isinstance(binding, PcrInfo):
+        return
+    if not binding.locality_at_release >> tpm.locality & 1:
         raise TpmError(ReturnCode.BAD_LOCALITY)
 
 

@@ -77,10 +77,7 @@ class Tpm:
     """
 
     __slots__ = (
-        "_permanent",
-        "_stany",
-        "_stclear",
-        "_volatile",
+        "_ground",
         "locality",
         "permanent",
         "stany",
@@ -90,10 +87,11 @@ class Tpm:
     )
 
     def __init__(self, state: State, world: World, locality: int) -> None:
-        self.permanent = self._permanent = state.permanent
-        self.stclear = self._stclear = state.stclear
-        self.stany = self._stany = state.stany
-        self.volatile = self._volatile = state.volatile
+        self._ground = state  # to which `rollback()` returns
+        self.permanent = state.permanent
+        self.stclear = state.stclear
+        self.stany = state.stany
+        self.volatile = state.volatile
         self.world = world
         self.locality = locality
 
@@ -101,40 +99,40 @@ class Tpm:
 
     def change_permanent(self) -> Permanent:
         """The permanent section, to be changed: makes the command a durable one."""
-        if self.permanent is self._permanent:
-            self.permanent = self.permanent.clone()
-        return self.permanent
+        permanent = self.permanent
+        if permanent is self._ground.permanent:
+            permanent = self.permanent = permanent.clone()
+        return permanent
 
     def change_stclear(self) -> StClear:
         """The ST_CLEAR section, to be changed."""
-        if self.stclear is self._stclear:
-            self.stclear = self.stclear.clone()
-        return self.stclear
+        stclear = self.stclear
+        if stclear is self._ground.stclear:
+            stclear = self.stclear = stclear.clone()
+        return stclear
 
     def change_stany(self) -> StAny:
         """The ST_ANY section, to be changed."""
-        if self.stany is self._stany:
-            self.stany = self.stany.clone()
-        return self.stany
+        stany = self.stany
+        if stany is self._ground.stany:
+            stany = self.stany = stany.clone()
+        return stany
 
     def change_volatile(self) -> Volatile:
         """The volatile section, to be changed."""
-        if self.volatile is self._volatile:
-            self.volatile = self.volatile.clone()
-        return self.volatile
+        volatile = self.volatile
+        if volatile is self._ground.volatile:
+            volatile = self.volatile = volatile.clone()
+        return volatile
 
     def settle(self) -> State:
         """Make the changes so far the ground to which `rollback()` returns, and give it."""
-        permanent = self._permanent = self.permanent
-        stclear = self._stclear = self.stclear
-        stany = self._stany = self.stany
-        volatile = self._volatile = self.volatile
-        return State(permanent, stclear, stany, volatile)
+        state = self._ground = State(self.permanent, self.stclear, self.stany, self.volatile)
+        return state
 
     def rollback(self) -> None:
         """Drop every change since the last `settle()`."""
-        self.permanent, self.stclear = self._permanent, self._stclear
-        self.stany, self.volatile = self._stany, self._volatile
+        self.adopt(self._ground)
 
     def state(self) -> State:
         """The state with the changes made."""

@@ -129,16 +129,17 @@ def sha1_complete(tpm: Tpm, cmd: Sha1CompleteIn, _auth: Authorized) -> Sha1Compl
 
 def _completed(tpm: Tpm, last: bytes) -> bytes:
     thread = tpm.volatile.sha1_thread
-    _end_thread(tpm)
     if len(last) > _BLOCK_BYTES:
+        _end_thread(tpm)
         raise TpmError(ReturnCode.SHA_ERROR)
     if thread is None:
         raise TpmError(ReturnCode.SHA_THREAD)
+    tpm.change_volatile().sha1_thread = None
     return thread.digest(last)
 
 
 def _end_thread(tpm: Tpm) -> None:
-    """End the SHA-1 thread for good, also when the command fails after this."""
+    """End the SHA-1 thread for good, though the command fails."""
     if tpm.volatile.sha1_thread is not None:
         tpm.change_volatile().sha1_thread = None
         tpm.settle()
@@ -177,6 +178,7 @@ def sha1_complete_extend(
         TpmError: As `sha1_complete`; BADINDEX, BAD_LOCALITY.
     """
     digest = _completed(tpm, cmd.hash_data)
+    tpm.settle()  # a failed extend ends the thread too
     value = pcrs.extend(tpm, cmd.pcr_num, digest)
     return Sha1CompleteExtendOut(
         hash_value=digest, out_digest=value if tpm.is_enabled_and_active else ZERO_DIGEST
@@ -233,7 +235,7 @@ def sign(_tpm: Tpm, cmd: SignIn, auth: Authorized) -> SignOut:
                 raise TpmError(ReturnCode.BAD_PARAMETER)
             return SignOut(sig=key.rsa.sign_der(area))
         case SigScheme.RSASSAPKCS1V15_INFO:
-            if not auth:
+            if not auth.blocks:
                 raise TpmError(ReturnCode.BAD_PARAMETER, "no nonceOdd to sign")
             _, block = auth.session("key_handle")
             info = SignInfo(fixed=b"SIGN", replay=block.nonce_odd, data=area)

@@ -75,7 +75,7 @@ def delegate_manage(tpm: Tpm, cmd: DelegateManageIn, auth: Authorized) -> Delega
     """
     is_new = cmd.op_code == FamilyOperation.CREATE
     family = None if is_new else delegation.family_at(tpm, cmd.family_id)
-    if auth:
+    if auth.blocks:
         _verify_owner(tpm, auth, None if is_new else cmd.family_id)
     else:
         _require_unowned_and_unlocked(tpm, family)
@@ -329,7 +329,7 @@ def delegate_load_owner_delegation(
     """
     blob = cmd.blob
     family = delegation.family_at(tpm, blob.pub.family_id)
-    if auth:
+    if auth.blocks:
         _verify_owner(tpm, auth, blob.pub.family_id)
     else:
         _require_unowned_and_unlocked(tpm, family)

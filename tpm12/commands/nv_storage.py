@@ -67,7 +67,7 @@ def nv_define_space(tpm: Tpm, cmd: NvDefineSpaceIn, auth: Authorized) -> None:
     is_locked = tpm.permanent.flags.nv_locked
     if is_locked:
         tpm.require_enabled_and_active()
-    if public.nv_index == _LOCK and not auth:
+    if public.nv_index == _LOCK and not auth.blocks:
         _lock_nv(tpm, public)
         return
     if public.nv_index == _INDEX0 or (is_locked and public.nv_index & nv.D_BIT):
@@ -95,7 +95,7 @@ def _lock_nv(tpm: Tpm, public: NvDataPublic) -> None:
 
 def _new_secret(tpm: Tpm, cmd: NvDefineSpaceIn, auth: Authorized) -> bytes:
     """Check who defines an area; give the area's new secret."""
-    if auth:
+    if auth.blocks:
         auth.verify_owner(_OWNER)
         return auth.decrypt_secret(_OWNER, cmd.enc_auth)
     if tpm.permanent.flags.nv_locked:
@@ -109,7 +109,7 @@ def _new_secret(tpm: Tpm, cmd: NvDefineSpaceIn, auth: Authorized) -> bytes:
 
 
 def _count(tpm: Tpm, auth: Authorized) -> None:
-    if not auth:
+    if not auth.blocks:
         nv.count_no_owner_write(tpm)
 
 
@@ -143,7 +143,7 @@ def nv_write_value(tpm: Tpm, cmd: NvWriteValueIn, auth: Authorized) -> None:
     """
     if cmd.nv_index == _INDEX0:
         # Not one of the writes that are counted: a lock that lasts until a start wears nothing out.
-        if auth:
+        if auth.blocks:
             auth.verify_owner(_OWNER)
         _lock_globally(tpm, cmd)
         return
@@ -168,7 +168,7 @@ def _check_writer(tpm: Tpm, auth: Authorized, *, is_owners: bool, takes_owner: b
     is_guarded = is_owners and tpm.permanent.flags.nv_locked
     if is_guarded:
         tpm.require_enabled_and_active()
-    if auth:
+    if auth.blocks:
         if not takes_owner:
             raise TpmError(ReturnCode.AUTH_CONFLICT)
         # Without nvLocked the check may be left out; a session that proved nothing could sign no
@@ -269,7 +269,7 @@ def nv_read_value(tpm: Tpm, cmd: NvReadValueIn, auth: Authorized) -> NvReadValue
             WRONGPCRVAL; NOSPACE.
     """
     if cmd.nv_index == _DIR:
-        if auth:
+        if auth.blocks:
             auth.verify_owner(_OWNER)
         return NvReadValueOut(data=nv.slice_of(tpm.permanent.auth_dir, cmd.offset, cmd.data_size))
     area = nv.area_at(tpm, cmd.nv_index)
@@ -278,7 +278,7 @@ def nv_read_value(tpm: Tpm, cmd: NvReadValueIn, auth: Authorized) -> NvReadValue
     is_owners = bool(attributes & _OWNERREAD)
     if is_locked and is_owners:
         tpm.require_enabled_and_active()
-    if auth:
+    if auth.blocks:
         if not is_owners:
             raise TpmError(ReturnCode.AUTH_CONFLICT)
         auth.verify_owner(_OWNER)

@@ -92,7 +92,7 @@ def establish_transport(
     public = cmd.trans_public
     encrypts = bool(public.trans_attributes & TransportAttribute.ENCRYPT)
     if cmd.enc_handle == KeyHandleValue.TRANSPORT:
-        if auth:
+        if auth.blocks:
             raise TpmError(ReturnCode.BADTAG)
         if encrypts:
             raise TpmError(ReturnCode.BAD_SCHEME)
