@@ -150,6 +150,7 @@ class Simulator:
         tpm: The engine on its store.
 
     Attributes:
+        exchange: Runs one command; from any thread.
         locality: Of the commands that come, 0 to 4; only a control channel changes it.
         is_on: Whether it has power; only a control channel takes it away.
     """
@@ -157,6 +158,7 @@ class Simulator:
     def __init__(self, tpm: DurableTpm) -> None:
         self._tpm = tpm
         self._turn = FairLock()
+        self.exchange: Final = self._turn.guarding(self._run)
         self.locality = 0
         self.is_on = True
         self._has_started = tpm.is_resumed and not tpm.state.stany.post_initialise
@@ -168,16 +170,10 @@ class Simulator:
         """Whether it goes on where a killed one was."""
         return self._tpm.is_resumed
 
-    def exchange(self, request: bytes) -> bytes:
-        """Run one command."""
-        turn = self._turn
-        turn.acquire()  # `with` would cost 0.4 us more, a thirtieth of the whole exchange
-        try:
-            if not self._has_started:
-                return self._execute_first(request)
+    def _run(self, request: bytes) -> bytes:
+        if self._has_started:
             return self._tpm.execute(request, self.locality)
-        finally:
-            turn.release()
+        return self._execute_first(request)
 
     def _execute_first(self, request: bytes) -> bytes:
         if not self.is_on:

@@ -33,7 +33,8 @@ _REST_BYTES: Final = 4096
 _TPM2_TAGS: Final = (b"\x80\x01", b"\x80\x02")
 """TPM_ST_NO_SESSIONS and TPM_ST_SESSIONS of TPM 2.0, where 1.2 has 0x00C1 to 0x00C3."""
 _TPM2: Final = 0x80
-_param_size: Final = struct.Struct(">2xI").unpack_from
+"""The first byte of both."""
+_first_byte_and_size: Final = struct.Struct(">BxI").unpack_from
 
 Exchange = Callable[[bytes], bytes]
 """Runs one TPM command; thread-safe."""
@@ -81,43 +82,60 @@ class Tpm0Stream:
         framer = CommandFramer(PACKET_BYTES_MAX)
         is_inside = False  # a command; only then is the client's time limited, a limit costs 0.3 us
         wanted = _USUAL_BYTES
+        receive, send, exchange = client.recv, client.sendall, self._exchange
         while True:
             try:
-                data = client.recv(wanted)
+                data = receive(wanted)
             except BlockingIOError as error:
                 raise TimeoutError("stalled inside a command") from error
             # The usual case, for which nothing needs to be kept or cut: exactly one command.
-            if (
-                HEADER_BYTES <= len(data) <= PACKET_BYTES_MAX
-                and _param_size(data)[0] == len(data)
-                and not is_inside
-            ):
-                self._answer(client, data, peer_pid)
-                continue
+            size = len(data)
+            if size >= HEADER_BYTES and not is_inside:
+                first, param_size = _first_byte_and_size(data)
+                if param_size == size and first != _TPM2:
+                    try:
+                        response = exchange(data)
+                    except Failure as failure:
+                        response = self._ioerror(failure, peer_pid)
+                    send(response)
+                    continue
             if not data:
                 return
+            if size == wanted and not is_inside:
+                data += self._rest_that_is_there(client)
             framer.feed(data)
-            try:
-                while (command := framer.next_command()) is not None:
-                    self._answer(client, command, peer_pid)
-            except FrameError as error:
-                client.sendall(error.response)
-                raise
+            self._answer_whole(framer, client, peer_pid)
             if is_inside is not framer.is_inside_command:
                 is_inside = not is_inside
                 wanted = _REST_BYTES if is_inside else _USUAL_BYTES
                 set_receive_timeout(client, self._stall_s if is_inside else 0)
 
-    def _answer(self, client: socket.socket, command: bytes, peer_pid: int) -> None:
-        # One byte first: to compare two takes a slice, which every command would pay.
-        if command[0] == _TPM2 and command[:2] in _TPM2_TAGS:
-            self._notice_tpm2(peer_pid)
+    def _answer_whole(self, framer: CommandFramer, client: socket.socket, peer_pid: int) -> None:
+        """Answer the commands that have come whole."""
         try:
-            response = self._exchange(command)
-        except Failure as failure:
-            self._unanswered(failure, peer_pid)
-            response = error_response(ReturnCode.IOERROR)
-        client.sendall(response)
+            while (command := framer.next_command()) is not None:
+                if command[:2] in _TPM2_TAGS:
+                    self._notice_tpm2(peer_pid)
+                try:
+                    response = self._exchange(command)
+                except Failure as failure:
+                    response = self._ioerror(failure, peer_pid)
+                client.sendall(response)
+        except FrameError as error:
+            client.sendall(error.response)
+            raise
+
+    @staticmethod
+    def _rest_that_is_there(client: socket.socket) -> bytes:
+        """What a client sent together with what has been received; a long command, as a rule."""
+        try:
+            return client.recv(_REST_BYTES, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return b""
+
+    def _ioerror(self, failure: Failure, peer_pid: int) -> bytes:
+        self._unanswered(failure, peer_pid)
+        return error_response(ReturnCode.IOERROR)
 
     def _notice_tpm2(self, peer_pid: int) -> None:
         with self._notice:

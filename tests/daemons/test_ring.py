@@ -20,7 +20,6 @@ import trio.testing
 
 from daemons import ring_client
 from daemons.errors import Failure, NotNow
-from daemons.fair_lock import FairLock
 from daemons.listeners import Kind, connect, listen
 from daemons.registry import DomainRecord, Role, UnknownPeer, VtpmDevice
 from daemons.ring_client import (
@@ -1036,26 +1035,6 @@ async def test_turns_are_given_in_the_order_of_arrival(harness):
                 await eventually(partial(lambda count: turn.waiting_count == count, waiting))
             gate.is_open.set()
     assert [call[3] for call in harness.backend.executed] == [b"hold", b"3", b"1", b"5", b"2", b"4"]
-
-
-def test_fair_lock_serves_waiters_in_order_and_is_free_in_the_end():
-    lock, order = FairLock(), []
-    assert lock.acquire() is False
-    threads = []
-    for number in range(8):
-        thread = threading.Thread(
-            target=lambda number=number: (lock.acquire(), order.append(number), lock.release())
-        )
-        thread.start()
-        threads.append(thread)
-        while lock.waiting_count <= number:
-            pass
-    assert lock.try_acquire() is False
-    lock.release()
-    for thread in threads:
-        thread.join(WAIT_S)
-    assert order == list(range(8))
-    assert lock.try_acquire() is True
 
 
 # -- hostile and broken frontends

@@ -2,6 +2,8 @@
 
 import contextlib
 import socket
+import threading
+import time
 
 import pytest
 
@@ -51,3 +53,53 @@ def test_who_stops_inside_a_command_is_let_go(stream):
         ours.sendall(COMMAND[:-1])
         with pytest.raises(TimeoutError, match="stalled"):
             stream.serve(served, 0)
+
+
+# -- commands of every length ----------------------------------------------------------------------
+
+
+def command(size):
+    """A command of so many bytes that can be told from others."""
+    return b"\x00\xc1" + size.to_bytes(4, "big") + bytes(i % 251 for i in range(size - 6))
+
+
+def asked_for(sent, *more, tpm2_seen=None):
+    """The commands that a stream runs of what a client sends, in its pieces."""
+    asked = []
+
+    def exchange(request):
+        asked.append(request)
+        return b"response"
+
+    stream = Tpm0Stream(exchange, None, tpm2_seen, stall_s=5)
+    ours, served = socket.socketpair()
+    with ours, served:
+        server = threading.Thread(target=stream.serve, args=(served, 1))
+        server.start()
+        ours.sendall(sent)
+        for piece in more:
+            time.sleep(0.05)  # else it may come together with the one before
+            ours.sendall(piece)
+        ours.shutdown(socket.SHUT_WR)
+        server.join()
+    return asked
+
+
+@pytest.mark.parametrize("size", [10, 11, 478, 479, 480, 481, 958, 4087, 4088])
+def test_a_command_of_any_length_is_run_as_it_came(size):
+    assert asked_for(command(size)) == [command(size)]
+    assert asked_for(command(size) + command(10)) == [command(size), command(10)]
+    assert asked_for(command(10) + command(size)) == [command(10), command(size)]
+
+
+@pytest.mark.parametrize("cut", [1, 9, 10, 478, 479, 480, 700])
+def test_a_long_command_may_come_in_pieces(cut):
+    whole = command(900) + command(20)
+    assert asked_for(whole[:cut], whole[cut:]) == [command(900), command(20)]
+
+
+def test_a_command_of_a_tpm_2_is_run_and_noticed_once():
+    seen = []
+    ask = bytes.fromhex("80010000000a00000144")
+    assert asked_for(ask, ask + ask, tpm2_seen=seen.append) == [ask] * 3
+    assert seen == [1]
