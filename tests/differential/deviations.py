@@ -836,6 +836,7 @@ DEVIATIONS: tuple[Deviation, ...] = (
         steps=(
             "bent keys: description cut to 1[02]",
             "bent keys: description cut to 24",
+            "bent keys: description cut to 43",
             "bent keys: length in a *",
         ),
     ),
