@@ -16,7 +16,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn
 
 from protocol.constants import (
     AUTH_REQUEST_BYTES,
@@ -181,6 +181,10 @@ class Authorized:
         self.keys = keys
 
     # -- for handlers ------------------------------------------------------------------------
+
+    def __bool__(self) -> NoReturn:
+        # An object is true as a rule; "if not auth" would let anybody in who brings no session.
+        raise TypeError("ask for what came: auth.blocks, auth.has(...)")
 
     def has(self, over: str) -> bool:
         """Did a session come for this declared use?"""

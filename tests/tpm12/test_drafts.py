@@ -96,3 +96,8 @@ def test_what_stops_commands_is_seen_when_it_comes_and_when_it_goes(engine):
     assert pcr(engine) == ZERO
     engine.keep(engine.power_on())
     assert engine.execute(READ).code is ReturnCode.INVALID_POSTINIT
+
+
+def test_an_authorization_is_neither_true_nor_false(engine):
+    with pytest.raises(TypeError, match=r"auth\.blocks"):
+        bool(engine._unauthorized)
