@@ -1,6 +1,6 @@
 """This engine and swtpm, exchange by exchange: what differs has a name, and what has one differs.
 
-`deviations.py` names the differences, `agreed.json` keeps what came out: the codes that both gave
+`deviations` names the differences, `agreed.json` keeps what came out: the codes that both gave
 for each ordinal, and how each deviation showed. The conformance page is made of it.
 """
 

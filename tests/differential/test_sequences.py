@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
 from protocol.return_codes import ReturnCode
-from tests.differential.deviations import ALLOW_MAINTENANCE
+from tests.differential.deviations.administration import ALLOW_MAINTENANCE
 from tests.differential.other_tpm import needs_swtpm, other_tpm
 from tests.differential.replay import play, played, shortened, unexplained
 from tests.differential.script import AREAS, OPERATIONS, SECRETS, TEMPLATES, TRANSPORTS, Player

@@ -1,0 +1,155 @@
+"""Where libtpms and we differ: storage and keys.
+
+TPM Main r116 Part 3, chapter 10.
+"""
+
+from tests.differential.deviations.deviation import Deviation
+
+DEVIATIONS: tuple[Deviation, ...] = (
+    Deviation(
+        name="sealInfo that is no structure",
+        commands=("Unseal",),
+        libtpms="the code of the field at which reading it ends, before the sessions are checked",
+        ours="sessions first, then NOTSEALED_BLOB: storedDigest does not match",
+        section="Part 3 §10.2",
+        steps=("sizes: sealInfo *",),
+    ),
+    Deviation(
+        name="what is no private part of a key",
+        commands=("LoadKey2",),
+        libtpms="the code of the field at which reading it ends",
+        ours="INVALID_STRUCTURE",
+        section="Part 3 §10.5",
+        steps=("keys and quotes: load what is no key",),
+    ),
+    Deviation(
+        name="no structure of any version",
+        commands=("LoadKey2", "Unseal"),
+        libtpms="BAD_VERSION or another code, by which byte is wrong",
+        ours="the code of the structure that the first two bytes announce",
+        section="Part 2 §4.5, §5.1",
+        steps=(
+            "keys: load altered at 0",
+            "keys: load altered at 34",
+            "sealing: unseal altered at 11",
+        ),
+    ),
+    Deviation(
+        name="revision bytes",
+        commands=("LoadKey2", "Unseal"),
+        libtpms="the two revision bytes of STRUCT_VER are hashed as sent",
+        ours="ignored on input and zero on output, so a changed byte does no harm",
+        section="Part 2 §5.1",
+        steps=("keys: load altered at 3", "sealing: unseal altered at 3"),
+    ),
+    Deviation(
+        name="reserved authDataUsage",
+        commands=("CreateWrapKey",),
+        libtpms="any value is taken; all but 0 demand authorization",
+        ours="BAD_KEY_PROPERTY",
+        section="Part 2 §5.9",
+        steps=("keys: make reserved authDataUsage",),
+    ),
+    Deviation(
+        name="explicit default exponent",
+        commands=("CreateWrapKey",),
+        libtpms="a storage key may say 010001",
+        ours="exponentSize must be 0: BAD_KEY_PROPERTY",
+        section="Part 2 §10.2",
+        steps=("keys: make storage with an exponent",),
+    ),
+    Deviation(
+        name="too much to seal",
+        commands=("Seal", "Sealx"),
+        libtpms="ENCRYPT_ERROR for one byte too many, BAD_DATASIZE for more",
+        ours="BAD_DATASIZE",
+        section="Part 3 §10.1",
+        steps=("sealing: seal 150", "keys and quotes: sealx 150"),
+    ),
+    Deviation(
+        name="bytes behind a structure",
+        commands=("Seal", "Sealx", "CreateWrapKey", "DSAP", "ActivateIdentity"),
+        libtpms="not looked at",
+        ours="the code for what is no such structure: BADINDEX, WRONG_ENTITYTYPE, BAD_PARAM_SIZE",
+        section="Part 3 §10.1, §10.7, §10.4, §18.3, §15.2",
+        steps=("bent blobs: bytes *", "identities: activate 1.1 and a byte *"),
+    ),
+    Deviation(
+        name="revision of sealed data",
+        commands=("Unseal",),
+        libtpms="NOTSEALED_BLOB when it was changed: storedDigest has it",
+        ours="ignored, as in every TPM_STRUCT_VER, and in no digest",
+        section="Part 2 §5.1",
+        steps=("bent blobs: sealed [23] 1",),
+    ),
+    Deviation(
+        name="lengths inside sealed data",
+        commands=("Unseal",),
+        libtpms="SIZE, from its allocator, for one that is too large",
+        ours="BAD_PARAM_SIZE, as for every short buffer",
+        section="Part 2 §9.1, §9.2",
+        steps=("bent blobs: sealed [48] 1",),
+    ),
+    Deviation(
+        name="more to decrypt than the key has bytes",
+        commands=("UnBind", "ChangeAuth", "CreateMigrationBlob", "ConvertMigrationBlob"),
+        libtpms="BAD_DATASIZE; DECRYPT_ERROR for less",
+        ours="DECRYPT_ERROR for both",
+        section="Part 3 §10.3, §11.1, §11.2, §17.1",
+        steps=("too long: *, too long",),
+    ),
+    Deviation(
+        name="padding of PKCS #1 v1.5 that is none",
+        commands=("UnBind",),
+        libtpms="DECRYPT_ERROR: who may ask for many of them can decrypt with that",
+        ours="random bytes that are the same each time, from OpenSSL, so that nothing is learned",
+        section="Part 3 §10.3",
+        steps=("too long: unbind 1.5, no padding",),
+    ),
+    Deviation(
+        name="lengths inside a key",
+        commands=("CreateWrapKey", "LoadKey2"),
+        libtpms="SIZE, from its allocator, for one that is too large",
+        ours="BAD_PARAM_SIZE, as for every short buffer; BAD_KEY_PROPERTY inside the parameters, "
+        "whose own length is right",
+        section="Part 2 §10.2, §10.9",
+        steps=(
+            "bent keys: description cut to 1[02]",
+            "bent keys: description cut to 24",
+            "bent keys: description cut to 43",
+            "bent keys: length in a *",
+        ),
+    ),
+    Deviation(
+        name="version or tag of a key",
+        commands=("CreateWrapKey", "LoadKey2", "CMK_CreateKey"),
+        libtpms="BAD_KEY_PROPERTY; a changed revision, which is ignored, is AUTHFAIL all the same: "
+        "the digest of the key has it",
+        ours="BAD_VERSION (BAD_PARAM_SIZE for what ends there); a revision is in no digest",
+        section="Part 2 §5.1, §10.2, §10.3",
+        steps=(
+            "bent keys: description cut to 2",
+            "bent keys: description 0 0",
+            "bent keys: blob 0 0",
+            "bent keys: key that migrates with the tag 0",
+            "bent keys: key that migrates with the tag 29",
+            "bent keys: revision of a blob",
+        ),
+    ),
+    Deviation(
+        name="a reserved authDataUsage",
+        commands=("CreateWrapKey", "LoadKey2"),
+        libtpms="made, and wants its secret",
+        ours="BAD_KEY_PROPERTY",
+        section="Part 2 §5.9",
+        steps=("bent keys: description 10 2", "bent keys: blob 10 2"),
+    ),
+    Deviation(
+        name="a changed size of a wrapped key",
+        commands=("LoadKey2",),
+        libtpms="AUTHFAIL, from the digest",
+        ours="BAD_KEY_PROPERTY, which comes before the key is decrypted",
+        section="Part 3 §10.5, action 3",
+        steps=("bent keys: blob 25 1",),
+    ),
+)
