@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from daemons.cli.options import (
 )
 from daemons.cli.output import print_json, print_line, print_rows, progress
 from daemons.errors import ExitCode, Failure
+from daemons.faults.plan import SEED_MAX, Cost
 from daemons.named_files import read_bytes
 
 if TYPE_CHECKING:
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 
 Plan = Annotated[Path, typer.Argument(metavar="PLAN", help="A fault plan, in TOML.")]
 Step = Callable[[str], None]
+_SEEDS: Final = 1_000_000
+"""What a seed is drawn from that was not given: one that can be read out."""
 _ENDS: Final = (signal.SIGTERM, signal.SIGHUP)
 
 app = new_app(name="fault", help="Faults on purpose.")
@@ -98,6 +102,30 @@ def check(plan: Plan, as_json: Json = False) -> None:
         print_json({"plan": str(plan), "seed": parsed.seed, "faults": faults})
         return
     print_rows(("Fault", "Where", "What", "How", "When"), rows)
+
+
+@app.command()
+def draw(
+    seed: Annotated[
+        int | None,
+        typer.Option("--seed", min=0, max=SEED_MAX, help="The same seed draws the same plan."),
+    ] = None,
+    costs: Annotated[
+        Cost,
+        typer.Option(
+            "--costs",
+            help="What a program in a guest may see of it: a pause, TPM_IOERROR too, or anything.",
+        ),
+    ] = Cost.PAUSE,
+    root: Root = None,
+) -> None:
+    """Draw a fault plan for the stack that runs, and print it."""
+    from daemons.faults.drawing import draw_plan  # noqa: PLC0415 - `--help` needs none of it
+    from daemons.faults.run import roles_of, rows_of  # noqa: PLC0415
+
+    roles = roles_of(rows_of(ask(root, "status")))
+    chosen = secrets.randbelow(_SEEDS) if seed is None else seed
+    print_line(draw_plan(chosen, costs, roles).rstrip())
 
 
 def up_with_faults(

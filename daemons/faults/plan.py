@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, StrEnum
 from typing import Final
 
 from daemons.errors import ExitCode, Failure
@@ -93,6 +93,14 @@ LASTING: Final = frozenset(
 """Faults that last `for_s` seconds."""
 AT_ACCESSES: Final = frozenset({What.BUSY_CHIP, What.SEIZED_LOCALITY})
 """Faults that happen at what a driver sends, never at an answer."""
+
+
+class Cost(StrEnum):
+    """What a program in a guest may see of a plan, each with what is before it."""
+
+    PAUSE = "pause"
+    ERROR = "error"
+    ANYTHING = "anything"
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -131,7 +131,7 @@ class FaultRun:
             Failure: The plan does not fit this stack, or the stack was not whole before.
         """
         self._before = self._rows()
-        roles = {name: str(row["role"]) for name, row in self._before.items()}
+        roles = roles_of(self._before)
         check_fits(plan, name, roles)
         self._check_is_whole()
         domains = hooked_domains(plan, roles)
@@ -395,10 +395,18 @@ class FaultRun:
             return False
 
     def _rows(self) -> dict[str, Row]:
-        answer = self.ask("status")
-        rows = {row["name"]: row for row in answer["domains"]}
-        launcher, chip = answer["launcher"], answer["chip"]
-        return {LAUNCHER: launcher, CHIP_NAME: chip, **rows}
+        return rows_of(self.ask("status"))
+
+
+def rows_of(status: Row) -> dict[str, Row]:
+    """The launcher, the chip and the domains of a status, by the names that a plan has for them."""
+    rows = {row["name"]: row for row in status["domains"]}
+    return {LAUNCHER: status["launcher"], CHIP_NAME: status["chip"], **rows}
+
+
+def roles_of(rows: Mapping[str, Row]) -> dict[str, str]:
+    """The role of each."""
+    return {name: str(row["role"]) for name, row in rows.items()}
 
 
 def check_fits(plan: FaultPlan, name: str, roles: Mapping[str, str]) -> None:

@@ -2,7 +2,7 @@
 
 The sweep of a command is the proof, point by point, that a killed daemon goes on where it was.
 SWEEP_POINTS is how many points are drawn (a dozen when not given), SWEEP_START_POINTS how many of
-each phase of a start.
+each phase of a start, DRAWN_PLANS how many plans.
 """
 
 import json
@@ -39,6 +39,8 @@ PLANS = PROJECT / "examples" / "faults"
 POINTS = os.environ.get("SWEEP_POINTS", "12")
 START_POINTS = os.environ.get("SWEEP_START_POINTS", "1")
 """For each phase; a point takes some seconds."""
+DRAWN_PLANS = int(os.environ.get("DRAWN_PLANS", "1"))
+"""How many are drawn; one takes some ten seconds."""
 SWEEP_S = 400.0
 """For one sweep on a machine that has other things to do; alone it takes a tenth of that."""
 RUN_S = 5
@@ -176,6 +178,13 @@ def test_a_program_sees_a_pause_while_chip_and_clocks_are_not_as_they_should(
         ("clock", "jump"),
         ("clock vtpmmgr", "drift"),
     } <= done
+
+
+def test_a_program_sees_a_pause_while_drawn_plans_are_applied(running, prepared, seed):
+    for number in range(seed, seed + DRAWN_PLANS):
+        plan = running.config("drawn", running.vtpm("fault", "draw", "--seed", str(number)).out)
+        print(plan.read_text())  # noqa: T201 - shown when the test fails
+        run_with_faults(running, prepared, plan, number)
 
 
 def test_the_same_seed_repeats_the_faults_of_real_processes(running):
