@@ -9,7 +9,10 @@
 #   make bench          the stack against swtpm
 #   make conformance    write docs/conformance.md anew
 #   make clean          remove what these made
-PYTHON ?= python3
+# The machine's own Python, if it is new enough: the users of the daemons and of some tests can run it
+# too, which they cannot if it lies in somebody's home. And it is optimised, unlike what pyenv builds.
+PYTHON ?= $(shell /usr/bin/python3 -c 'import ssl, sys, venv; sys.exit(sys.version_info < (3, 11))' \
+	2> /dev/null && echo /usr/bin/python3 || echo python3)
 # One file's tests stay together: those of tests/system share a stack, in their order. What takes
 # longest begins first (tests/conftest.py), not the file with the most tests.
 PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
