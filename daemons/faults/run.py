@@ -271,7 +271,7 @@ class FaultRun:
         length = f"{for_s:g} s" + (", and until the stack is up" if is_start else "")
         self.step(f"injecting for {length}")
         while self._is_starting or self._passed_s() < for_s or (due and not is_start):
-            if self._is_over.is_set():
+            if self._is_over.is_set() or self._has_been_taken_down():
                 return
             while due and due[0].at_s <= self._passed_s():
                 self._do(due[0], faults[due.popleft().number])
@@ -361,8 +361,12 @@ class FaultRun:
             after = self._rows()
             return all(name in after and _is_well(after[name]) for name in self._before)
 
-        if not _wait(is_whole):
+        if not _wait(lambda: self._has_been_taken_down() or is_whole()):
             after = self._rows()
+        elif self._has_been_taken_down():
+            return [
+                "it was taken down meanwhile: its launcher has ended, and by no fault of the plan"
+            ]
         problems = []
         for name, before in self._before.items():
             row = after.get(name)
@@ -375,6 +379,11 @@ class FaultRun:
             elif row["role"] == Role.GUEST.value and row["vtpms"] and not self._answers(name):
                 problems.append(f"the TPM of {name} does not answer")
         return problems
+
+    def _has_been_taken_down(self) -> bool:
+        """Has the launcher ended otherwise than by us? We start it again ourselves, nobody else."""
+        process = self._process_of(LAUNCHER)
+        return not self._is_starting and (process is None or not is_alive(*process))
 
     def _are_alive(self) -> bool:
         registry = Registry(self.places.registry)

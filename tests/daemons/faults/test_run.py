@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import threading
 import time
 
 import pytest
@@ -31,6 +32,10 @@ class Launcher:
         process = subprocess.Popen(["sleep", "60"])
         self.processes.append(process)
         self._register(DOMAIN0_NAME, 0, Role.DOMAIN0, process.pid)
+
+    def stop(self):
+        self.processes[-1].kill()
+        self.processes[-1].wait()
 
     def add_chip(self):
         """Beside it, or the stack would not be whole; this process stands for it."""
@@ -158,3 +163,28 @@ def test_who_is_hit_by_the_last_kill_after_all_was_seen_whole_is_no_problem(laun
         step=lambda _: None,
     )
     assert run.run(parse_plan(b"", "plan"), b"", "plan", 0.0) == []
+
+
+@pytest.mark.parametrize("for_s", [0.1, 60])
+def test_a_stack_that_is_taken_down_meanwhile_ends_the_run(launcher, for_s):
+    """Nobody starts its launcher again: neither the plan nor the verdict waits for it."""
+    plan = b'[[fault]]\nwhere = "process hwtpm"\nwhat = "kill"\nat_s = 50\n'
+    row = {"state": "running", "pid": os.getpid(), "role": "domain0"}
+
+    def ask(_):
+        if launcher.processes[-1].poll() is not None:
+            raise gone()
+        return {"domains": [], "launcher": row, "chip": row}
+
+    run = FaultRun(
+        places=launcher.places,
+        ask=ask,
+        revive=lambda: pytest.fail("the plan has not killed it"),
+        tell=lambda _: None,
+        step=lambda _: None,
+    )
+    timer = threading.Timer(0.05, launcher.stop)
+    timer.start()
+    problems = run.run(parse_plan(plan, "plan"), plan, "plan", for_s)
+    assert len(problems) == 1
+    assert "taken down meanwhile" in problems[0]
