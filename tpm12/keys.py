@@ -54,7 +54,7 @@ class KeyRecord:
 
 
 class LoadedKey:
-    """A key with its private part, ready for use.
+    """A key with its private part, ready for use. It never changes.
 
     Attributes:
         public: KEY or KEY12 as loaded; `enc_data` is kept as it came.
@@ -68,6 +68,7 @@ class LoadedKey:
     __slots__ = (
         "_pub_digest",
         "_pubkey",
+        "_record",
         "_rsa",
         "_usage_hmac",
         "auth_data_usage",
@@ -108,6 +109,7 @@ class LoadedKey:
         self._usage_hmac: HmacKey | None = None
         self._pub_digest: bytes | None = None
         self._pubkey: Pubkey | None = None
+        self._record: bytes | None = None
 
     def __repr__(self) -> str:
         return f"LoadedKey(usage=0x{self.usage:04x}, bits={8 * len(self.public.pub_key)})"
@@ -168,18 +170,31 @@ class LoadedKey:
             priv_key=self.prime,
         )
 
-    def to_bytes(self) -> bytes:
-        """Store it with the state."""
-        return encode(
-            KeyRecord(
-                public=self.public,
-                payload=self.payload,
-                usage_auth=self.usage_auth,
-                migration_auth=self.migration_auth,
-                prime=self.prime,
-                parent_pcr_status=self.parent_pcr_status,
-            )
+    def with_migration_auth(self, migration_auth: bytes) -> LoadedKey:
+        """The same key with another migration secret."""
+        return LoadedKey(
+            self.public,
+            payload=self.payload,
+            usage_auth=self.usage_auth,
+            migration_auth=migration_auth,
+            prime=self.prime,
+            parent_pcr_status=self.parent_pcr_status,
         )
+
+    def to_bytes(self) -> bytes:
+        """Store it with the state; made at first use and kept: EK and SRK go into each NV write."""
+        if self._record is None:
+            self._record = encode(
+                KeyRecord(
+                    public=self.public,
+                    payload=self.payload,
+                    usage_auth=self.usage_auth,
+                    migration_auth=self.migration_auth,
+                    prime=self.prime,
+                    parent_pcr_status=self.parent_pcr_status,
+                )
+            )
+        return self._record
 
     @classmethod
     def from_bytes(cls, data: bytes) -> LoadedKey:

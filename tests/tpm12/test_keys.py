@@ -123,6 +123,14 @@ def test_a_key_is_stored_whole(rsa, status):
     assert again.rsa.sign_sha1(bytes(20)) == key.rsa.sign_sha1(bytes(20))
 
 
+def test_another_migration_secret_makes_another_key(key):
+    stored = key.to_bytes()
+    other = key.with_migration_auth(b"o" * 20)
+    assert LoadedKey.from_bytes(other.to_bytes()).migration_auth == b"o" * 20
+    assert other.pub_data_digest == key.pub_data_digest
+    assert key.to_bytes() == stored != other.to_bytes()
+
+
 def test_every_prefix_of_a_stored_key_is_refused(key):
     data = key.to_bytes()
     for size in range(len(data)):

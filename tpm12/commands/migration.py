@@ -414,11 +414,10 @@ def cmk_create_key(tpm: Tpm, cmd: CmkCreateKeyIn, auth: Authorized) -> CmkCreate
         migration_auth=ZERO_DIGEST,
         payload=PayloadType.MIGRATE_RESTRICTED,
     )
-    # Nobody else has this new key yet, and what binds it to its authorities hashes its public part.
-    key.migration_auth = migration.migration_auth(
-        tpm, authorities, migration.pubkey_digest(key.pubkey())
-    )
-    wrapped = wrapping.wrapped(tpm, parent, key)
+    # What binds it to its authorities hashes its public part, so it is known only now.
+    digest = migration.pubkey_digest(key.pubkey())
+    bound = key.with_migration_auth(migration.migration_auth(tpm, authorities, digest))
+    wrapped = wrapping.wrapped(tpm, parent, bound)
     assert isinstance(wrapped, Key12)
     return CmkCreateKeyOut(wrapped_key=wrapped)
 

@@ -541,10 +541,12 @@ def test_certify_key_by_an_identity_is_for_keys_that_stay(owned, ordinal):
 def put_cmk(bench, payload, msa, flags=MIGRATABLE | 0x10):
     """A certified migratable key of the authorities `msa`."""
     handle = put_key(bench, signing(flags=flags, bits=2048), payload=payload)
-    key = bench.state.volatile.keys[handle]
+    keys = bench.state.volatile.keys
+    key = keys[handle]
     parms = key.public.algorithm_parms
     pubkey = u32(1) + u16(1) + u16(2) + sized(parms.parms) + sized(key.public.pub_key)
-    key.migration_auth = hmac1(bench.state.permanent.tpm_proof, u16(0x33) + msa + sha1(pubkey))
+    secret = hmac1(bench.state.permanent.tpm_proof, u16(0x33) + msa + sha1(pubkey))
+    keys[handle] = key.with_migration_auth(secret)
     return handle
 
 
