@@ -1,6 +1,7 @@
 """Rings over real sockets: one command at a time, exactly once, and peers that misbehave."""
 
 import errno
+import gc
 import os
 import signal
 import socket
@@ -205,6 +206,7 @@ async def eventually(condition):
 
 
 def open_descriptors():
+    gc.collect()  # what an earlier test has left to it may go at any moment
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
