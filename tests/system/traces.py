@@ -80,7 +80,10 @@ def _locked_files(root: Path) -> Iterator[str]:
     """Files with a flock or POSIX lock, by device and inode."""
     inodes = {}
     for file in root.rglob("*"):
-        status = file.lstat()
+        try:
+            status = file.lstat()
+        except FileNotFoundError:  # of a process that still runs; `kill_everything` looks again
+            continue
         inodes[os.major(status.st_dev), os.minor(status.st_dev), status.st_ino] = str(file)
     # 1: FLOCK ADVISORY WRITE 4580 fe:01:123456 0 EOF
     for line in Path("/proc/locks").read_text().splitlines():
