@@ -9,16 +9,16 @@ A structure is a class whose fields are annotated with construct declarations::
 `wire` makes it a frozen, slotted, keyword-only dataclass, checks its declarations at import, and at
 its first use compiles one function that decodes it and one that encodes it: runs of fixed-size
 fields become one `struct` call. The construct declaration stays the only source of truth:
-`construct_of(cls)` gives it, and a property test holds the two equal. (A construct parse of a
-14-byte command costs 8 us, the compiled one 0.5; compiling costs 0.4 ms a structure, which a
-program that uses few of them need not pay.)
+`construct_of(cls)` gives it, and a property test holds the two equal. (Compiling costs 0.4 ms a
+structure, which a program that uses few of them need not pay.)
 
 Invariants:
 - Bytes from outside either decode or raise `DecodeError`, never anything else.
 - Nothing is allocated on the word of a length field before that many bytes are known to be there.
 - `encode(decode(data)) == data` for every accepted input, but for fields that ignore bytes.
 
-Leaves to others: what a structure means (`structures.py`, the commands), frames and sessions.
+Leaves to others: fields (`wire_fields.py`), compiling (`wire_compiler.py`), what a structure means
+(`structures.py`, the commands), frames and sessions.
 """
 
 from __future__ import annotations
@@ -119,14 +119,12 @@ __all__ = [
     "construct_of",
     "decode",
     "decode_from",
-    "decode_operands",
     "encode",
     "encode_frame",
     "in_sized",
     "wire",
     "wire_fields",
 ]
-"""A structure is declared with what stands here; `wire_fields.py` has the fields."""
 
 T = TypeVar("T")
 
@@ -243,22 +241,6 @@ def _check_known(structure: type, name: str, declaration: Any) -> None:
             f"{structure.__name__}.{name}: the compiler does not know {declaration!r}; "
             "structures in a sized field are declared with in_sized"
         )
-
-
-def decode_operands(structure: type[T], request: bytes) -> T | None:
-    """Read the operands of a command that is nothing but its header and them.
-
-    Args:
-        structure: The operands'.
-        request: The whole command.
-
-    Returns:
-        The operands; None when bytes are missing or left over (or there are auth blocks).
-
-    Raises:
-        DecodeError: As `decode`.
-    """
-    return structure.__wire_operands__(request)  # type: ignore[attr-defined,no-any-return]
 
 
 def decode_from(structure: type[T], data: bytes, offset: int) -> tuple[T, int]:

@@ -130,7 +130,10 @@ class _Compiler:
         structure.__init__ = namespace["__init__"]
 
     def _operands_source(self) -> list[str]:
-        """Lines that read all that stands behind a header, or return None when that is not it."""
+        """Lines that read the operands of a command that is nothing but its header and them.
+
+        None for other bytes than those: missing, left over, auth blocks.
+        """
         at = FRAME_HEADER.size
         if self.is_of_fixed_size and len(self.runs) < 2:
             packer, reading = self.runs[0] if self.runs else (struct.Struct(""), [])

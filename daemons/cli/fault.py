@@ -23,7 +23,7 @@ from daemons.cli.options import (
 )
 from daemons.cli.output import print_json, print_line, print_rows, progress
 from daemons.errors import ExitCode, Failure
-from daemons.faults.plan import SEED_MAX, Cost
+from daemons.faults.cost import Cost
 from daemons.named_files import read_bytes
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 Plan = Annotated[Path, typer.Argument(metavar="PLAN", help="A fault plan, in TOML.")]
 Step = Callable[[str], None]
-_SEEDS: Final = 1_000_000
-"""What a seed is drawn from that was not given: one that can be read out."""
+_SEED_MAX: Final = 999_999_999
+"""Less than a plan's own seed may be: one that can be read out."""
 _ENDS: Final = (signal.SIGTERM, signal.SIGHUP)
 
 app = new_app(name="fault", help="Faults on purpose.")
@@ -108,7 +108,13 @@ def check(plan: Plan, as_json: Json = False) -> None:
 def draw(
     seed: Annotated[
         int | None,
-        typer.Option("--seed", min=0, max=SEED_MAX, help="The same seed draws the same plan."),
+        typer.Option(
+            "--seed",
+            metavar="N",
+            min=0,
+            max=_SEED_MAX,
+            help="The same seed draws the same plan.",
+        ),
     ] = None,
     costs: Annotated[
         Cost,
@@ -124,7 +130,7 @@ def draw(
     from daemons.faults.run import roles_of, rows_of  # noqa: PLC0415
 
     roles = roles_of(rows_of(ask(root, "status")))
-    chosen = secrets.randbelow(_SEEDS) if seed is None else seed
+    chosen = secrets.randbelow(_SEED_MAX) if seed is None else seed
     print_line(draw_plan(chosen, costs, roles).rstrip())
 
 

@@ -13,14 +13,13 @@ import random
 from collections.abc import Mapping
 from typing import Final
 
-from daemons.faults.plan import LAUNCHER, POSSIBLE, Cost, Kind, What
-from daemons.faults.run import ROLES
+from daemons.faults.cost import Cost
+from daemons.faults.plan import LAUNCHER, POSSIBLE, ROLES, Kind, What
 from daemons.places import CHIP_NAME
 from daemons.registry import Role
 
 FAULTS_MAX: Final = 6
 """In one plan; what happens together is understood no longer when there are more."""
-
 
 _ERRORS: Final = frozenset({What.IO_ERROR, What.DISK_FULL})
 _ODD: Final = frozenset({What.DROP, What.DUPLICATE, What.CORRUPT, What.LOST_RESPONSE})

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum, StrEnum
+from enum import Enum
 from typing import Final
 
 from daemons.errors import ExitCode, Failure
 from daemons.places import CHIP_NAME, BadPlace, check_domain_name
+from daemons.registry import Role
 from daemons.strict_toml import Table, TomlError
 
 PLAN_BYTES_MAX: Final = 256 * 1024
@@ -87,20 +88,18 @@ POSSIBLE: Final[Mapping[Kind, tuple[What, ...]]] = {
     Kind.CLOCK: (What.JUMP, What.STOP, What.DRIFT),
 }
 """What can go wrong where."""
+ROLES: Final = {
+    Kind.RING: {Role.MANAGER.value, Role.VTPM.value},
+    Kind.DISK: {Role.MANAGER.value, Role.VTPM.value, Role.HWTPM.value},
+    Kind.CLOCK: {Role.MANAGER.value, Role.VTPM.value, Role.HWTPM.value},
+}
+"""Who has a place of these kinds; processes have all, and TIS is the chip's."""
 LASTING: Final = frozenset(
     {What.STOP, What.DELAY, What.BUSY_CHIP, What.SEIZED_LOCALITY, What.DRIFT}
 )
 """Faults that last `for_s` seconds."""
 AT_ACCESSES: Final = frozenset({What.BUSY_CHIP, What.SEIZED_LOCALITY})
 """Faults that happen at what a driver sends, never at an answer."""
-
-
-class Cost(StrEnum):
-    """What a program in a guest may see of a plan, each with what is before it."""
-
-    PAUSE = "pause"
-    ERROR = "error"
-    ANYTHING = "anything"
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -18,6 +18,7 @@ from daemons.faults.control import FaultControl, Line
 from daemons.faults.plan import (
     EVERY_DOMAIN,
     LAUNCHER,
+    ROLES,
     Fault,
     FaultPlan,
     Kind,
@@ -40,13 +41,6 @@ TELL_AGAIN_S: Final = 5.0
 START_MAX_S: Final = 60.0
 """A stack that starts is left alone after so long, or it might never come up."""
 PCR_READ: Final = bytes.fromhex("00c1 0000000e 00000015 00000000")
-ROLES: Final = {
-    Kind.RING: {Role.MANAGER.value, Role.VTPM.value},
-    Kind.DISK: {Role.MANAGER.value, Role.VTPM.value, Role.HWTPM.value},
-    Kind.CLOCK: {Role.MANAGER.value, Role.VTPM.value, Role.HWTPM.value},
-}
-"""Who has a place of these kinds; processes have all, and TIS is the chip's."""
-
 Row = dict[str, Any]
 
 

@@ -2,8 +2,9 @@
 
 import pytest
 
+from daemons.faults.cost import Cost
 from daemons.faults.drawing import FAULTS_MAX, draw_plan
-from daemons.faults.plan import Cost, Kind, What, parse_plan
+from daemons.faults.plan import Kind, What, parse_plan
 from daemons.faults.run import check_fits
 
 ROLES = {
