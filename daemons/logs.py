@@ -8,7 +8,7 @@ goes there with its fields (`systemd_journal.py`).
 - A log that cannot be written (disk full, reader gone) never stops the daemon.
 - Nobody can fill a disk with lines: of one event, whoever causes it, there are `LINES_AT_ONCE` and
   then `LINES_A_SECOND`; the next one that is written says how many were left out. Debug lines,
-  which somebody has asked for, are all written.
+  which somebody has asked for, are all written (`command_log.py` has a pace of its own).
 - Secrets do not come here at all: their types hide themselves.
 - structlog is imported when logging is set up: it brings asyncio along, 50 ms that a program which
   writes two lines (`write_line`) need not pay.

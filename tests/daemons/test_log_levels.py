@@ -161,3 +161,35 @@ def test_any_bytes_can_be_told(log, request_):
     logs.set_level("debug")
     command_log.end(command_log.begin(), request_, ANSWER)
     assert "ordinal=0x" in log.getvalue()
+
+
+def test_commands_cannot_fill_a_log_and_what_is_left_out_is_told(log, monkeypatch):
+    logs.set_level("debug")
+    now = 1000.0
+    monkeypatch.setattr(command_log, "_pace", command_log._Pace())
+    monkeypatch.setattr(command_log.time, "monotonic", lambda: now)
+
+    def run(commands):
+        log.truncate(log.seek(0))
+        for _ in range(commands):
+            command_log.end(command_log.begin(), GET_RANDOM, ANSWER)
+        return log.getvalue().splitlines()
+
+    lines = run(command_log.LINES_AT_ONCE + 1000)
+    assert len(lines) == command_log.LINES_AT_ONCE
+    assert not any("left_out" in line for line in lines)
+    now += 1 / command_log.LINES_A_SECOND
+    (line,) = run(10)
+    assert " left_out=1000 " in line
+    now += command_log.LINES_AT_ONCE / command_log.LINES_A_SECOND
+    lines = run(command_log.LINES_AT_ONCE)
+    assert len(lines) == command_log.LINES_AT_ONCE
+    assert " left_out=9 " in lines[0]
+    assert "left_out" not in lines[1]
+
+
+def test_a_command_that_is_not_told_leaves_nothing_behind(log):
+    logs.set_level("info")
+    assert command_log.begin() == 0.0
+    command_log.end(0.0, GET_RANDOM, ANSWER)
+    assert log.getvalue() == ""
