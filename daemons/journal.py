@@ -57,9 +57,10 @@ _COMMITTED: Final = struct.Struct("<Q")
 _COMMITTED_AT: Final = 64
 _SECOND_HALF: Final = 1 << 63
 _RECORD: Final = struct.Struct("<QI")
+_nonce: Final = _RECORD.pack
+"""Twelve bytes: the count, and 0."""
 _SALT_BYTES: Final = 16
 _TAG_BYTES: Final = 16
-_NONCE_TAIL: Final = bytes(4)
 _ROOM_FACTOR: Final = 4
 """How many snapshots a half has room for, at least: the rest takes what comes after one."""
 
@@ -93,7 +94,8 @@ def read_journal(path: Path, key: bytes, owner: bytes) -> list[bytes] | None:
     associated = _associated(content[: _HEAD.size], owner)
     try:
         return [
-            cipher.decrypt(_nonce(count), sealed, associated) for count, sealed in _records(content)
+            cipher.decrypt(_nonce(count, 0), sealed, associated)
+            for count, sealed in _records(content)
         ]
     except (InvalidTag, ValueError, struct.error):
         raise _damaged(path, "its bytes are not those that were written") from None
@@ -199,14 +201,13 @@ class Journal:
             Whether there was room. If not, nothing was written: call `restart`.
         """
         count, at = self._count, self._at
-        data = self._cipher.encrypt(
-            count.to_bytes(8, "little") + _NONCE_TAIL, record, self._associated
-        )
-        end = at + _RECORD.size + len(data)
+        data = self._cipher.encrypt(_nonce(count, 0), record, self._associated)
+        data = _RECORD.pack(count, len(data)) + data
+        end = at + len(data)
         if end > self._end:
             return False
         assert self._map is not None
-        self._map[at:end] = _RECORD.pack(count, len(data)) + data
+        self._map[at:end] = data
         self._count, self._at = count + 1, end
         self._committed[0] = end - self._begin | self._half  # one store: a kill is before or after
         return True
@@ -318,10 +319,6 @@ def _file_key(key: bytes, salt: bytes) -> bytes:
 
 def _associated(head: bytes, owner: bytes) -> bytes:
     return head + owner
-
-
-def _nonce(count: int) -> bytes:
-    return count.to_bytes(8, "little") + _NONCE_TAIL
 
 
 def _damaged(path: Path, why: str) -> Failure:

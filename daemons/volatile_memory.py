@@ -157,9 +157,7 @@ class VolatileMemory:
         """Remember notes that no change of the state goes with; from any thread."""
         with self._turn:
             if self._journal is not None:
-                parts = [_NOTED]
-                _add_notes(parts, notes)
-                self._append(b"".join(parts))
+                self._append(_NOTED + _noted(notes))
                 self.notes.update(notes)
 
     def prepare(self, state: State, notes: Notes = NO_NOTES) -> None:
@@ -198,29 +196,31 @@ class VolatileMemory:
     def _record(self, kind: bytes, after: State, notes: Notes) -> bytes:
         before = self._state
         assert before is not None
-        parts = [kind]
+        record = kind
         if kind is _PREPARED:
-            _add(parts, _STORED, self._about_to_store)
+            record += _part(_STORED, self._about_to_store)
         if after.stclear is not before.stclear:
-            _add(parts, _STCLEAR, delta(before.stclear, after.stclear))
+            record += _part(_STCLEAR, delta(before.stclear, after.stclear))
         if after.stany is not before.stany:
-            _add(parts, _STANY, delta(before.stany, after.stany))
+            record += _part(_STANY, delta(before.stany, after.stany))
         if after.volatile is not before.volatile:
-            _add(parts, _VOLATILE, delta(before.volatile, after.volatile))
-        _add_notes(parts, notes)
-        return b"".join(parts)
+            record += _part(_VOLATILE, delta(before.volatile, after.volatile))
+        return record + _noted(notes) if notes else record
 
     def _snapshot(self) -> bytes:
         """All that is so, in one record."""
         state = self._state
         assert state is not None
-        parts = [_SNAPSHOT]
-        _add(parts, _STCLEAR, encode_section(state.stclear))
-        _add(parts, _STANY, encode_section(state.stany))
-        _add(parts, _VOLATILE, encode_section(state.volatile))
-        _add(parts, _STORED, self._stored or b"")
-        _add_notes(parts, self.notes)
-        return b"".join(parts)
+        return b"".join(
+            (
+                _SNAPSHOT,
+                _part(_STCLEAR, encode_section(state.stclear)),
+                _part(_STANY, encode_section(state.stany)),
+                _part(_VOLATILE, encode_section(state.volatile)),
+                _part(_STORED, self._stored or b""),
+                _noted(self.notes),
+            )
+        )
 
     def _append(self, record: bytes) -> None:
         assert self._journal is not None
@@ -233,15 +233,17 @@ class VolatileMemory:
                 raise AssertionError("a record of a command does not fit into an empty journal")
 
 
-def _add(parts: list[bytes], tag: int, data: bytes) -> None:
-    if data:
-        parts.append(_PART.pack(tag, len(data)))
-        parts.append(data)
+def _part(tag: int, data: bytes) -> bytes:
+    """One part of a record; none, where there is nothing to say."""
+    return _PART.pack(tag, len(data)) + data if data else data
 
 
-def _add_notes(parts: list[bytes], notes: Notes) -> None:
+def _noted(notes: Notes) -> bytes:
+    parts = b""
     for name, value in notes.items():
-        _add(parts, _NOTE, name.encode() + b"\0" + value)
+        data = name.encode() + b"\0" + value
+        parts += _PART.pack(_NOTE, len(data)) + data
+    return parts
 
 
 def _parts(record: bytes) -> list[tuple[int, bytes]]:

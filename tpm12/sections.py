@@ -31,11 +31,13 @@ class Stored:
         number: Its record number within the section.
         codec: What one value is: `bytes`, `int`, `bool`, or a class with to_bytes / from_bytes.
         is_map: The field is a dict from a u32 to such values; each entry is a record of its own.
+        has_fixed_keys: Once such a dict has keys, all that follow have the same, in the same order.
     """
 
     number: int
     codec: Any
     is_map: bool = False
+    has_fixed_keys: bool = False
 
 
 def stored(number: int, codec: object, *, default: object) -> Any:  # noqa: ANN401 - like dataclasses.field
@@ -43,11 +45,16 @@ def stored(number: int, codec: object, *, default: object) -> Any:  # noqa: ANN4
     return field(default=cast("Any", default), metadata={_STORED: Stored(number, codec)})
 
 
-def stored_map(number: int, codec: object, *, default_factory: Callable[[], dict[int, Any]]) -> Any:  # noqa: ANN401 - like dataclasses.field
+def stored_map(
+    number: int,
+    codec: object,
+    *,
+    default_factory: Callable[[], dict[int, Any]],
+    has_fixed_keys: bool = False,
+) -> Any:  # noqa: ANN401 - like dataclasses.field
     """A field that maps a u32 (handle, index, identifier) to values."""
-    return field(
-        default_factory=default_factory, metadata={_STORED: Stored(number, codec, is_map=True)}
-    )
+    declared = Stored(number, codec, is_map=True, has_fixed_keys=has_fixed_keys)
+    return field(default_factory=default_factory, metadata={_STORED: declared})
 
 
 def stored_fields(section: type) -> tuple[tuple[str, Stored], ...]:

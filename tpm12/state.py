@@ -223,7 +223,7 @@ class StClear(Section):
     count_id: int = stored(2, int, default=NO_COUNTER)
     owner_reference: int = stored(3, int, default=KeyHandleValue.OWNER)
     disable_reset_lock: bool = stored(4, bool, default=False)
-    pcrs: dict[int, bytes] = stored_map(5, bytes, default_factory=dict)
+    pcrs: dict[int, bytes] = stored_map(5, bytes, default_factory=dict, has_fixed_keys=True)
     deferred_physical_presence: int = stored(6, int, default=0)
     deactivated: bool = stored(32, bool, default=False)
     disable_force_clear: bool = stored(33, bool, default=False)

@@ -14,10 +14,9 @@ Invariants:
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from itertools import compress
-from operator import is_, is_not
+from operator import is_not
 from typing import Any, Final, TypeVar, cast
 
 from protocol.return_codes import TpmError
@@ -68,35 +67,7 @@ def decode_section(section_type: type[S], data: bytes) -> S:
 
 def delta(before: object, after: object) -> bytes:
     """The records in which two states of one section differ; empty when there are none."""
-    section = type(after)
-    out = [_HEAD.pack(VERSION, _SECTION_IDS[section])]
-    for field, old, new in _DIFFERENCES[section](before, after):
-        if field.is_map:
-            _add_map_delta(out, field, old, new)
-        elif new is None:
-            out.append(_RECORD.pack(field.number, 0, _REMOVED))
-        else:
-            data = field.write(new)
-            out.append(_RECORD.pack(field.number, 0, len(data)) + data)
-    return b"".join(out) if len(out) > 1 else b""
-
-
-def _add_map_delta(
-    out: list[bytes], field: _Writing, old: dict[int, Any], new: dict[int, Any]
-) -> None:
-    number, write = field.number, field.write
-    changed: Iterable[tuple[int, Any]]
-    # A changed copy has the same keys in the same order: then this is 24 PCRs in 1 us, not in 2.
-    has_same_keys = len(old) == len(new) and all(map(is_, old, new))
-    if has_same_keys:
-        changed = compress(new.items(), map(is_not, old.values(), new.values()))
-    else:
-        changed = [(key, entry) for key, entry in new.items() if old.get(key) is not entry]
-    for key, entry in changed:
-        data = write(entry)
-        out.append(_RECORD.pack(number, key, len(data)) + data)
-    if not has_same_keys:
-        out += [_RECORD.pack(number, key, _REMOVED) for key in old if key not in new]
+    return _DELTAS[type(after)](before, after)
 
 
 def apply_delta(section: S, data: bytes) -> S:
@@ -175,13 +146,8 @@ def _entries(declared: Stored, value: Any) -> dict[int, Any]:  # noqa: ANN401 - 
     return {} if value is None else {0: value}
 
 
-@dataclass(frozen=True, slots=True)
-class _Writing:
-    """How the values of a field are written."""
-
-    number: int
-    is_map: bool
-    write: Callable[[Any], bytes]
+_Changes = Callable[[Any, Any], bytes]
+"""Gives the records of a field from its value before and another one after."""
 
 
 def _writer(codec: Any) -> Callable[[Any], bytes]:  # noqa: ANN401 - see `Stored`
@@ -194,33 +160,81 @@ def _writer(codec: Any) -> Callable[[Any], bytes]:  # noqa: ANN401 - see `Stored
     return encode
 
 
-_Differences = Callable[[object, object], list[tuple[_Writing, Any, Any]]]
+def _value_changes(declared: Stored) -> _Changes:
+    number, write, record = declared.number, _writer(declared.codec), _RECORD.pack
+
+    def changes(_: object, new: object) -> bytes:
+        if new is None:
+            return record(number, 0, _REMOVED)
+        data = write(new)
+        return record(number, 0, len(data)) + data
+
+    return changes
 
 
-def _compile_differences(section: type) -> _Differences:
-    """Make a function that gives the fields that are not the same objects, with both values.
+def _map_changes(declared: Stored) -> _Changes:
+    number, write, record = declared.number, _writer(declared.codec), _RECORD.pack
+
+    def changes(old: dict[int, Any], new: dict[int, Any]) -> bytes:
+        found = b""
+        for key, entry in new.items():
+            if old.get(key) is not entry:
+                data = write(entry)
+                found += record(number, key, len(data)) + data
+        for key in old:
+            if key not in new:
+                found += record(number, key, _REMOVED)
+        return found
+
+    return changes
+
+
+def _bank_changes(declared: Stored) -> _Changes:
+    """For a map that has the same keys for ever: of 24 PCRs one has changed, as a rule."""
+    number, write, record = declared.number, _writer(declared.codec), _RECORD.pack
+    other_changes = _map_changes(declared)
+
+    def changes(old: dict[int, Any], new: dict[int, Any]) -> bytes:
+        if len(old) != len(new):
+            return other_changes(old, new)
+        found = b""
+        for key in compress(new, map(is_not, old.values(), new.values())):
+            data = write(new[key])
+            found += record(number, key, len(data)) + data
+        return found
+
+    return changes
+
+
+def _changes(declared: Stored) -> _Changes:
+    if not declared.is_map:
+        return _value_changes(declared)
+    return _bank_changes(declared) if declared.has_fixed_keys else _map_changes(declared)
+
+
+def _compile_delta(section: type) -> _Changes:
+    """Make `delta` of a section: its head, and the records of all fields that are other objects.
 
     Straight-line code, as a section's `clone()`: it runs with every command that is journaled.
     """
-    source = ["def differences(before, after):", "    found = []"]
-    namespace: dict[str, Any] = {}
+    source = ["def delta(before, after):", "    found = b''"]
+    namespace: dict[str, Any] = {"head": _HEAD.pack(VERSION, _SECTION_IDS[section])}
     for name, declared in _FIELDS[section]:
-        writing = _Writing(declared.number, declared.is_map, _writer(declared.codec))
-        namespace[f"_{name}"] = writing
+        namespace[f"_{name}"] = _changes(declared)
         source += [
             f"    if before.{name} is not after.{name}:",
-            f"        found.append((_{name}, before.{name}, after.{name}))",
+            f"        found += _{name}(before.{name}, after.{name})",
         ]
-    source.append("    return found")
-    exec(compile("\n".join(source), f"<differences {section.__qualname__}>", "exec"), namespace)  # noqa: S102 - made here from declarations
-    return cast("_Differences", namespace["differences"])
+    source.append("    return head + found if found else found")
+    exec(compile("\n".join(source), f"<delta {section.__qualname__}>", "exec"), namespace)  # noqa: S102 - made here from declarations
+    return cast("_Changes", namespace["delta"])
 
 
 _WRITERS: Final = {
     section: {declared.number: _writer(declared.codec) for _, declared in _FIELDS[section]}
     for section in _SECTION_IDS
 }
-_DIFFERENCES: Final = {section: _compile_differences(section) for section in _SECTION_IDS}
+_DELTAS: Final = {section: _compile_delta(section) for section in _SECTION_IDS}
 
 
 def _from_bytes(declared: Stored, data: bytes, name: str) -> Any:  # noqa: ANN401 - any stored value

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from protocol.constants import PCR_COUNT
 from protocol.structures import (
     UNRESTRICTED_PCR_INFO,
     Key,
@@ -81,6 +82,9 @@ class PooledPrimes:
         return pairs[self._dealt % len(pairs)]
 
 
+BANK = list(range(PCR_COUNT))
+
+
 class Bench:
     """An engine, its world, and a witness that keeps every outcome.
 
@@ -104,6 +108,8 @@ class Bench:
     def _exchange(self, request, locality):
         self.last = self.engine.execute(request, locality)
         self.engine.keep(self.last)
+        # What a delta of the bank counts on (`has_fixed_keys`), after every command of every test.
+        assert list(self.state.stclear.pcrs) in ([], BANK)
         return self.last.response
 
     @property

@@ -3,7 +3,7 @@
 import pytest
 
 from protocol.structures import UNRESTRICTED_PCR_INFO, NvAttributes, NvDataPublic
-from tpm12.state import Counter, NvArea, Permanent, factory_state
+from tpm12.state import Counter, NvArea, Permanent, StClear, factory_state
 from tpm12.state_codec import (
     StateError,
     apply_delta,
@@ -60,6 +60,30 @@ def test_delta_holds_only_what_changed_and_applies():
 def test_delta_of_equal_states_is_empty():
     before = full()
     assert delta(before, before.clone()) == b""
+
+
+def bank(**changed):
+    return {i: changed.get(f"pcr{i}", bytes([i]) * 20) for i in range(24)}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "records"),
+    [
+        (bank(), bank(pcr16=b"x" * 20), 1),
+        (bank(), bank(pcr0=b"x" * 20, pcr23=b"y" * 20), 2),
+        (bank(pcr5=b"x" * 20), bank(), 1),
+        ({}, bank(), 24),
+        (bank(), {}, 24),
+    ],
+)
+def test_delta_of_the_bank_holds_the_pcrs_that_changed(before, after, records):
+    """Values are other objects where they differ; the rest is shared, as after an extend."""
+    shared = {i: before[i] for i in after if before.get(i) == after[i]}
+    was, now = StClear(pcrs=before), StClear(pcrs={**after, **shared})
+    changed = delta(was, now)
+    assert len(changed) <= 4 + records * 30
+    assert apply_delta(was, changed).pcrs == after
+    assert was.pcrs == before
 
 
 def test_every_prefix_is_refused_or_loses_whole_records_only():
