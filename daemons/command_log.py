@@ -47,7 +47,7 @@ _pace = _Pace()
 
 def begin() -> float:
     """Give the time for `end`; 0 if this command is not told."""
-    if not logs.tells_debug():
+    if not logs.telling.debug:
         return 0.0
     now = time.monotonic()
     if _pace.caught_up_at - now > _AHEAD_S:

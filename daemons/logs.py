@@ -38,7 +38,20 @@ LINES_A_SECOND: Final = 1.0
 """Lines of one event in the long run: 15 kB a minute."""
 
 EventDict = MutableMapping[str, Any]
-_is_debugging = False
+
+
+class _Telling:
+    """What this process writes.
+
+    Attributes:
+        debug: Lines of level debug.
+    """
+
+    debug = False
+
+
+telling = _Telling()
+"""To be looked at before a line is made whose making would cost a command time."""
 
 
 def configure(
@@ -125,15 +138,9 @@ def _wrapper_class(level: str) -> type[Any]:
             next_step=f"Choose one of: {', '.join(LEVELS)}.",
             exit_code=ExitCode.CONFIGURATION,
         )
-    global _is_debugging  # noqa: PLW0603 - as the log itself: there is one a process
-    _is_debugging = level == "debug"
+    telling.debug = level == "debug"
     wrapper_class: type[Any] = structlog.make_filtering_bound_logger(LEVELS[level])
     return wrapper_class
-
-
-def tells_debug() -> bool:
-    """Tell whether what is of level debug is written."""
-    return _is_debugging
 
 
 class Allowance:

@@ -139,6 +139,7 @@ class RingClient:
         self._connection: socket.socket | None = None
         self._opening: socket.socket | None = None  # the connection that is in its handshake
         self._turn = FairLock()
+        self._in_turn = self._turn.guarding(self._exchange_in_turn)
         self._guard = threading.Lock()  # of _ring and connections, against cancel and close
         self._closed = threading.Event()
         self._is_exchanging = False
@@ -286,12 +287,15 @@ class RingClient:
         """
         if len(request) > PACKET_BYTES_MAX:
             raise _too_long(len(request))
-        with self._turn:
-            self._is_cancel_wanted, self._is_exchanging = False, True
-            try:
-                return self._exchange(request, locality, before_send)
-            finally:
-                self._is_exchanging = False
+        return self._in_turn((request, locality, before_send))
+
+    def _exchange_in_turn(self, asked: tuple[bytes, int, BeforeSend | None]) -> bytes:
+        request, locality, before_send = asked
+        self._is_cancel_wanted, self._is_exchanging = False, True
+        try:
+            return self._exchange(request, locality, before_send)
+        finally:
+            self._is_exchanging = False
 
     def resume(self, request: bytes, sent: Sent, before_send: BeforeSend) -> bytes:
         """Bring a request to its end that an earlier process of this domain has sent.
@@ -324,7 +328,6 @@ class RingClient:
         """Bring a request to its end, over as many connections as it takes."""
         reason: Exception | None = None
         for _ in range(RECONNECTS_MAX + 1):
-            fate = Fate.NONE
             if self._connection is None:
                 fate = self._connect(self._reconnect_s)
                 if not was_sent:
@@ -350,7 +353,7 @@ class RingClient:
                 why = "it has lost its memory of this ring in between"
                 raise self._lost(why, RingForgotten) from reason
 
-    def _attempt(
+    def _attempt(  # noqa: C901 - the steps in a row; every command comes by
         self, request: bytes, locality: int, before_send: BeforeSend | None = None
     ) -> bytes:
         """Submit, or resubmit what is outstanding, and wait for the answer on this connection."""
@@ -358,8 +361,13 @@ class RingClient:
             connection = self._connection
             if connection is None:
                 raise _NotSent("the connection was closed")
-            message = self._submitted(request, locality)
-            self._tell(before_send, connection)
+            ring = self._ring
+            if ring.outstanding is None:
+                message = ring.submit(request, locality)
+            else:
+                message = ring.resubmit()
+            if before_send is not None:
+                self._tell(before_send, connection)
             try:
                 connection.send(message)
             except OSError as error:
@@ -374,21 +382,16 @@ class RingClient:
             if not message:
                 raise _Dropped("the backend closed the connection")
             with self._guard:
-                event = self._ring.receive(message)
+                event = ring.receive(message)
             if type(event) is Finished:
                 return event.packet
             if event is not None:
                 raise self._no_response(event)
 
-    def _submitted(self, request: bytes, locality: int) -> bytes:
-        ring = self._ring
-        return ring.submit(request, locality) if ring.outstanding is None else ring.resubmit()
-
-    def _tell(self, before_send: BeforeSend | None, connection: socket.socket) -> None:
+    def _tell(self, before_send: BeforeSend, connection: socket.socket) -> None:
         """Call `before_send`; the guard is ours."""
         try:
-            if before_send is not None:
-                before_send(Sent(self._ring.memory, self._ring.sequence))
+            before_send(Sent(self._ring.memory, self._ring.sequence))
         except BaseException:
             # The request is on our page and not on the ring: the next one finds a page as new.
             self._connection = None

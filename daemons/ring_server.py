@@ -27,7 +27,7 @@ from typing import Final, Protocol, TypeVar
 
 import trio
 
-from daemons import command_log
+from daemons import command_log, logs
 from daemons.carrying import carry, ours, stop_taking
 from daemons.errors import Failure, NotNow
 from daemons.fair_lock import FairLock
@@ -97,11 +97,11 @@ class RingPeer:
     device: VtpmDevice
     connection_id: int = 0
     cancel_asked: Callable[[], bool] = field(default=_never, compare=False, repr=False)
+    ring_id: str = field(init=False)
+    """Names the ring for as long as the domain has this device, across crashes and reboots."""
 
-    @property
-    def ring_id(self) -> str:
-        """Names the ring for as long as the domain has this device, across crashes and reboots."""
-        return f"{self.domain.name}/{self.device.devid}"
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ring_id", f"{self.domain.name}/{self.device.devid}")
 
 
 class RingBackend(Protocol):
@@ -383,6 +383,9 @@ def _log(peer: RingPeer) -> structlog.typing.FilteringBoundLogger:
 
 # -- the worker thread -----------------------------------------------------------------------------
 
+_ROOM: Final = MESSAGE_BYTES_MAX + 1
+"""What is longer than a message is seen to be."""
+
 
 class _Notice(Enum):
     """What a look at the socket during a command found."""
@@ -471,8 +474,9 @@ class _Carrier:
 
     def _carry_commands(self) -> bool:
         """Answer messages until the frontend goes; True when it said good-bye."""
-        while message := self._receive():
-            event = self._ring.receive(message)
+        receive, ring = self.raw.recv, self._ring  # no time limit: a frontend may be idle
+        while message := receive(_ROOM):
+            event = ring.receive(message)
             if type(event) is Submitted:
                 answer = self._execute(event)
                 if answer is None:
@@ -503,11 +507,12 @@ class _Carrier:
                     return None
                 response = CANCELLED
             else:
-                begun = command_log.begin()
+                begun = command_log.begin() if logs.telling.debug else 0.0
                 response = self._backend.execute(
                     peer, submitted.packet, submitted.locality, sequence
                 )
-                command_log.end(begun, submitted.packet, response, ring=peer.ring_id)
+                if begun:
+                    command_log.end(begun, submitted.packet, response, ring=peer.ring_id)
                 if len(response) > PACKET_BYTES_MAX:
                     _log(peer).error("response too long for the ring", length=len(response))
                     response = error_response(ReturnCode.SIZE)
@@ -531,7 +536,7 @@ class _Carrier:
         """Look, without waiting, whether the frontend cancels, leaves, or breaks the protocol."""
         if self._notice is _Notice.NOTHING:
             try:
-                message = self.raw.recv(MESSAGE_BYTES_MAX + 1, socket.MSG_DONTWAIT)
+                message = self.raw.recv(_ROOM, socket.MSG_DONTWAIT)
                 event = self._ring.receive(message) if message else None
             except BlockingIOError:
                 return False
@@ -547,7 +552,7 @@ class _Carrier:
 
     def _receive(self) -> bytes:
         try:
-            return self.raw.recv(MESSAGE_BYTES_MAX + 1)
+            return self.raw.recv(_ROOM)
         except BlockingIOError as error:
             raise TimeoutError("the frontend took too long") from error
 
