@@ -88,8 +88,11 @@ class Tpm0Stream:
                 data = receive(wanted)
             except BlockingIOError as error:
                 raise TimeoutError("stalled inside a command") from error
-            # The usual case, for which nothing needs to be kept or cut: exactly one command.
             size = len(data)
+            if size == wanted and not is_inside:
+                data += self._rest_that_is_there(client)
+                size = len(data)
+            # The usual case, for which nothing needs to be kept or cut: exactly one command.
             if size >= HEADER_BYTES and not is_inside:
                 first, param_size = _first_byte_and_size(data)
                 if param_size == size and first != _TPM2:
@@ -101,8 +104,6 @@ class Tpm0Stream:
                     continue
             if not data:
                 return
-            if size == wanted and not is_inside:
-                data += self._rest_that_is_there(client)
             framer.feed(data)
             self._answer_whole(framer, client, peer_pid)
             if is_inside is not framer.is_inside_command:
