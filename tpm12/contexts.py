@@ -20,21 +20,22 @@ Invariants:
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple
 
 from protocol.constants import (
-    DIGEST_BYTES,
     ZERO_DIGEST,
     EntityType,
     KeyFlags,
     KeyHandleValue,
     ResourceType,
+    StructureTag,
 )
 from protocol.return_codes import ReturnCode, TpmError
 from protocol.structures import ContextBlob, ContextSensitive
-from protocol.wire import U64, DecodeError, Digest, changing, decode, encode, wire
+from protocol.wire import U64, DecodeError, Digest, decode, encode, wire
 from tpm12.authorization import OIAP, counter_entity, nv_entity, owner_entity
 from tpm12.clearing import renew_owner_secrets
 from tpm12.crypto import aes128_ctr, hmac_key, is_same, sha1
@@ -45,8 +46,9 @@ from tpm12.tpm import Tpm
 from tpm12.wrapping import add_to_slots, check_room
 
 _IV_BYTES: Final = 16
-_INTEGRITY_AT: Final = 30
-"""Where a TPM_CONTEXT_BLOB has its integrityDigest."""
+_HEAD: Final = struct.Struct(">HII16sI20sI")
+"""A TPM_CONTEXT_BLOB as far as the size of its additionalData; a test holds it equal."""
+_TAG: Final = int(StructureTag.CONTEXT_BLOB)
 _CURRENT: Final = b""
 _LEGACY: Final = b"\x01"
 """What stands behind the IV in a context of 1.1 age."""
@@ -299,7 +301,10 @@ def _handle(
     keep_handle: bool,
     taken: Sequence[Collection[int]],
 ) -> int:
-    if all(old not in handles for handles in taken):
+    for handles in taken:
+        if old in handles:
+            break
+    else:
         return old
     if keep_handle:
         raise TpmError(ReturnCode.BAD_HANDLE, "the handle is in use")
@@ -369,16 +374,16 @@ def _closed(tpm: Tpm, place: _Place, sensitive: ContextSensitive) -> ContextBlob
         renew_owner_secrets(tpm)
     iv = tpm.random(_IV_BYTES)
     clear = encode(sensitive)
-    blob = ContextBlob(
+    additional_data = iv + (_LEGACY if place.label is None else _CURRENT)
+    return ContextBlob(
         resource_type=place.resource_type,
         handle=place.handle,
         label=_NO_LABEL if place.label is None else place.label,
         context_count=place.context_count,
-        integrity_digest=ZERO_DIGEST,
-        additional_data=iv + (_LEGACY if place.label is None else _CURRENT),
+        integrity_digest=_integrity(tpm, place, additional_data, clear),
+        additional_data=additional_data,
         sensitive_data=aes128_ctr(tpm.permanent.context_key, iv, clear),
     )
-    return _with_integrity(blob, _integrity(tpm, blob, clear))
 
 
 def _opened(tpm: Tpm, blob: ContextBlob, *, is_legacy: bool) -> ContextSensitive:
@@ -393,7 +398,8 @@ def _opened(tpm: Tpm, blob: ContextBlob, *, is_legacy: bool) -> ContextSensitive
     if tpm.permanent.context_key == _NO_KEY:
         raise TpmError(ReturnCode.BADCONTEXT, "no context was ever made")
     clear = aes128_ctr(tpm.permanent.context_key, iv, blob.sensitive_data)
-    if not is_same(blob.integrity_digest, _integrity(tpm, blob, clear)):
+    place = _Place(blob.resource_type, blob.handle, blob.context_count, blob.label)
+    if not is_same(blob.integrity_digest, _integrity(tpm, place, blob.additional_data, clear)):
         raise TpmError(ReturnCode.BADCONTEXT, "not a context of this TPM")
     try:
         return decode(ContextSensitive, clear)
@@ -401,12 +407,17 @@ def _opened(tpm: Tpm, blob: ContextBlob, *, is_legacy: bool) -> ContextSensitive
         raise TpmError(ReturnCode.BADCONTEXT) from error
 
 
-def _integrity(tpm: Tpm, blob: ContextBlob, clear: bytes) -> bytes:
+def _integrity(tpm: Tpm, place: _Place, additional_data: bytes, clear: bytes) -> bytes:
     """Over the blob with zeros in the place of this and the clear text in the encrypted one's."""
-    whole = encode(blob)
-    between = whole[_INTEGRITY_AT + DIGEST_BYTES : len(whole) - len(clear)]
-    bare = whole[:_INTEGRITY_AT] + ZERO_DIGEST + between + clear
-    return hmac_key(tpm.permanent.tpm_proof).mac(bare)
-
-
-_with_integrity: Final = changing(ContextBlob, "integrity_digest")
+    resource_type, handle, count, label = place
+    head = _HEAD.pack(
+        _TAG,
+        resource_type,
+        handle,
+        label or _NO_LABEL,
+        count,
+        ZERO_DIGEST,
+        len(additional_data),
+    )
+    size = len(clear).to_bytes(4, "big")
+    return hmac_key(tpm.permanent.tpm_proof).mac(head + additional_data + size + clear)

@@ -197,7 +197,7 @@ def command(  # noqa: PLR0913 - a declaration has many words
             digest_prefix=bytes(4) + ordinal.to_bytes(4, "big"),
             unserved=tuple((by, None) for by in sessions),
             leaves_checks=not key_operands and all(by.over != "owner" for by in sessions),
-            is_plain=0 in by_count and not (key_operands or is_audited or Gate.OWNED in gates),
+            is_plain=0 in by_count and not (key_operands or is_audited),
             sessions_by_count=by_count,
             sessions_by_tag={Tag.RQU_COMMAND + count: by_count[count] for count in by_count},
         )

@@ -105,7 +105,8 @@ class Engine:
     ) -> None:
         self.state = state
         self._table = table(commands)
-        self._hashing = {n: c for n, c in self._table.items() if c.keeps_sha1_thread}
+        self._unowned = {n: c for n, c in self._table.items() if not c.needs_owner}
+        self._hashing = {n: c for n, c in self._unowned.items() if c.keeps_sha1_thread}
         self._world = World(
             rng=rng,
             clock=clock,
@@ -188,8 +189,6 @@ class Engine:
         if command is not None:
             # What `_begin` would look for is not there, and was found not to be in one go.
             operands, at = command.takes.__wire_decode__(request, HEADER_BYTES)  # type: ignore[attr-defined]
-            if command.needs_owner and tpm.permanent.owner_auth is None:
-                raise TpmError(ReturnCode.NOSRK)
             is_audited = command.is_audited_at_factory
         else:
             command, operands, at, is_audited = _begin(tpm, self._table.get(ordinal), request)
@@ -235,7 +234,7 @@ class Engine:
         ):
             self._ready = self._ready_in(state)
         elif volatile is not before.volatile:
-            self._ready = self._ready_beside_thread(volatile)
+            self._ready = self._ready_beside_thread(state)
         return Outcome(response, state, is_permanent_changed, _SUCCESS)
 
     def _new_draft(self, state: State) -> Tpm:
@@ -251,15 +250,16 @@ class Engine:
 
     def _ready_in(self, state: State) -> Mapping[int, Command]:
         """The commands for which nothing in a state is in the way."""
-        return _NOTHING_READY if _is_held(state) else self._ready_beside_thread(state.volatile)
+        return _NOTHING_READY if _is_held(state) else self._ready_beside_thread(state)
 
-    def _ready_beside_thread(self, volatile: Volatile) -> Mapping[int, Command]:
-        """The same, when nothing but a SHA-1 computation in progress can be in the way.
+    def _ready_beside_thread(self, state: State) -> Mapping[int, Command]:
+        """The same, when only a SHA-1 computation, or the lack of an owner, can be in the way.
 
         Most commands end it, and so does any that comes through another transport session.
         """
+        volatile = state.volatile
         if volatile.sha1_thread is None:
-            return self._table
+            return self._unowned if state.permanent.owner_auth is None else self._table
         is_on_transport = self._world.wrapping or volatile.sha1_thread_transport
         return _NOTHING_READY if is_on_transport else self._hashing
 

@@ -72,7 +72,6 @@ class LoadedKey:
         "_rsa",
         "_usage_hmac",
         "auth_data_usage",
-        "exponent",
         "flags",
         "migration_auth",
         "parent_pcr_status",
@@ -104,7 +103,6 @@ class LoadedKey:
         self.flags = public.key_flags
         self.auth_data_usage = public.auth_data_usage
         self.pcr_info = pcr_info_of(public)
-        self.exponent = exponent_of(public.algorithm_parms)
         self._rsa: RsaPrivateKey | None = None
         self._usage_hmac: HmacKey | None = None
         self._pub_digest: bytes | None = None
@@ -120,9 +118,11 @@ class LoadedKey:
 
         Raises:
             ValueError: The prime does not divide the modulus.
+            TpmError: BAD_KEY_PROPERTY when its parameters are no RSA key's.
         """
         if self._rsa is None:
-            self._rsa = RsaPrivateKey.from_prime(self.public.pub_key, self.prime, self.exponent)
+            exponent = exponent_of(self.public.algorithm_parms)
+            self._rsa = RsaPrivateKey.from_prime(self.public.pub_key, self.prime, exponent)
         return self._rsa
 
     @property
