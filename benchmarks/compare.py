@@ -1,13 +1,15 @@
 """Compare the stack with swtpm in one run: time of each command, memory, time to the first answer.
 
-    python -m benchmarks.compare [--ops pcrread,extend] [--seconds 0.5] [--json FILE]
+    python -m benchmarks.compare [--ops pcrread,extend] [--seconds 0.5] [--starts 3] [--json FILE]
 
 A scratch stack with one guest is started, `vtpm simulator` (the same engine without guest, vTPM and
 manager around it) and Debian's swtpm (TPM 1.2). Every operation runs against swtpm, the simulator,
 the guest's tpm0 and directly on the vTPM's ring, in slices that alternate, with the client and all
-daemons pinned to one CPU: unpinned, two identical servers differ by up to five times. What is timed
-is a send and the receive of the answer. Quote the ratios, not the microseconds. What the figures
-mean is in docs/performance.md.
+daemons pinned to one CPU: unpinned, two identical servers differ by up to five times. One start of
+a program differs from the next by up to 8 %, by where its memory happens to lie, so all of it is
+started several times, and the median of the starts is told. What is timed is a send and the receive
+of the answer. Quote the ratios, not the microseconds. What the figures mean is in
+docs/performance.md.
 """
 
 from __future__ import annotations
@@ -33,8 +35,8 @@ from benchmarks.operations import OPERATIONS, Endpoint, Measured, Operation
 from protocol.return_codes import TpmError
 
 SLICE_S = 0.05
-STARTS = 7
-"""So often a simulator is started, of which the median is told."""
+COLD_STARTS = 7
+"""So often a simulator is started to see how long that takes, of which the median is told."""
 
 
 def measure(measured: Measured, endpoints: list[Endpoint], seconds: float) -> dict[str, float]:
@@ -76,54 +78,63 @@ def scratch() -> Iterator[Path]:
 def started(start: Callable[[Path], Program], folder: Path) -> str:
     """How long a simulator takes from its start to its first answer; its state is there already."""
     found = []
-    for _ in range(STARTS + 1):
+    for _ in range(COLD_STARTS + 1):
         with start(folder) as program:
             found.append(program.first_answer_s * 1000)
     first, *others = found
     return f"{statistics.median(others):.0f} ms until it answers, {first:.0f} ms with a new state"
 
 
-def show(rows: list[tuple[Measured, dict[str, float]]], labels: list[str]) -> None:
+Figures = dict[str, dict[str, float]]
+"""Microseconds by operation and endpoint, of one start."""
+
+
+def ratio(found: list[Figures], name: str, label: str, base: str) -> float | None:
+    """The median of the starts of one endpoint's time over another's; None without both."""
+    each = [start[name] for start in found]
+    ratios = [row[label] / row[base] for row in each if label in row and base in row]
+    return statistics.median(ratios) if ratios else None
+
+
+def middle(found: list[Figures], name: str, label: str) -> float | None:
+    """The median of the starts; None when it was not measured."""
+    times = [start[name][label] for start in found if label in start[name]]
+    return statistics.median(times) if times else None
+
+
+def show(chosen: list[Measured], found: list[Figures], labels: list[str]) -> None:
     """Print the table; ratios are to the first endpoint."""
     base, *others = labels
-    table = Table(title=f"microseconds a command, median, and ratio to {base}")
+    title = f"microseconds a command and ratio to {base}, median of {len(found)} starts"
+    table = Table(title=title)
     table.add_column("command")
     table.add_column(base, justify="right")
     for label in others:
         table.add_column(label, justify="right")
         table.add_column("ratio", justify="right")
-    for measured, found in rows:
-        cells = [measured.title, f"{found[base]:.1f}" if base in found else "-"]
+    for measured in chosen:
+        name = measured.name
+        cells = [measured.title, _cell(middle(found, name, base), 1)]
         for label in others:
-            cells.append(f"{found[label]:.1f}" if label in found else "-")
-            both = base in found and label in found
-            cells.append(f"{found[label] / found[base]:.2f}" if both else "-")
+            cells.append(_cell(middle(found, name, label), 1))
+            cells.append(_cell(ratio(found, name, label, base), 2))
         table.add_row(*cells)
     Console().print(table)
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ops", help="comma-separated names; all when left out")
-    parser.add_argument("--seconds", type=float, default=0.5, help="per command and endpoint")
-    parser.add_argument("--json", type=Path, help="also write the figures there")
-    parser.add_argument("--cpu", type=int, default=0, help="the CPU everything is pinned to")
-    parser.add_argument(
-        "--ring-client", action="store_true", help="the ring by the client that guests use"
-    )
-    options = parser.parse_args()
-    wanted = options.ops.split(",") if options.ops else [m.name for m in OPERATIONS]
-    chosen = [m for m in OPERATIONS if m.name in wanted]
-    if len(chosen) != len(wanted):
-        parser.error(f"there is {', '.join(m.name for m in OPERATIONS)}")
-    with scratch() as folder, ExitStack() as running:
+def _cell(number: float | None, digits: int) -> str:
+    return "-" if number is None else f"{number:.{digits}f}"
+
+
+def run_once(
+    options: argparse.Namespace, chosen: list[Measured], folder: Path, said: str
+) -> tuple[Figures, dict[str, str]]:
+    """Start everything, measure, and end it again; the figures, and facts of the processes."""
+    with ExitStack() as running:
         stack = running.enter_context(Stack(folder))
         programs = {"simulator": running.enter_context(simulator(folder / "simulator"))}
         if shutil.which("swtpm"):
             programs = {"swtpm": running.enter_context(swtpm(folder / "swtpm")), **programs}
-        else:
-            print("swtpm is not installed (apt-get install swtpm): no ratios", file=sys.stderr)
         endpoints = [Endpoint(label, Wire(program.exchange)) for label, program in programs.items()]
         endpoints.append(Endpoint("tpm0", stack.open_tpm0()))
         ring = stack.open_ring_client() if options.ring_client else stack.open_ring()
@@ -133,22 +144,56 @@ def main() -> None:
         for program in programs.values():
             program.pin(options.cpu)
         os.sched_setaffinity(0, {options.cpu})
-        rows = [
-            (measured, measure(measured, endpoints, options.seconds))
-            for measured in track(chosen, description="measuring", transient=True)
-        ]
-        show(rows, [endpoint.label for endpoint in endpoints])
+        try:
+            figures = {
+                measured.name: measure(measured, endpoints, options.seconds / options.starts)
+                for measured in track(chosen, description=said, transient=True)
+            }
+        finally:
+            os.sched_setaffinity(0, cpus)
         facts = {f"memory of {name}": memory_of(program.pid) for name, program in programs.items()}
-        facts |= stack.facts()
-        os.sched_setaffinity(0, cpus)
-        starts = {"swtpm": swtpm, "simulator": simulator}
-        for name in programs:
-            facts[f"start of {name}"] = started(starts[name], folder / f"{name}-start")
+        return figures, facts | stack.facts()
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ops", help="comma-separated names; all when left out")
+    parser.add_argument(
+        "--seconds", type=float, default=0.5, help="per command and endpoint, all starts together"
+    )
+    parser.add_argument("--starts", type=int, default=3, help="how often everything is started")
+    parser.add_argument("--json", type=Path, help="also write the figures there")
+    parser.add_argument("--cpu", type=int, default=0, help="the CPU everything is pinned to")
+    parser.add_argument(
+        "--ring-client", action="store_true", help="the ring by the client that guests use"
+    )
+    options = parser.parse_args()
+    if options.starts < 1:
+        parser.error("--starts: at least one")
+    wanted = options.ops.split(",") if options.ops else [m.name for m in OPERATIONS]
+    chosen = [m for m in OPERATIONS if m.name in wanted]
+    if len(chosen) != len(wanted):
+        parser.error(f"there is {', '.join(m.name for m in OPERATIONS)}")
+    starts = {"swtpm": swtpm, "simulator": simulator}
+    if not shutil.which("swtpm"):
+        print("swtpm is not installed (apt-get install swtpm): no ratios", file=sys.stderr)
+        del starts["swtpm"]
+    found: list[Figures] = []
+    facts: dict[str, str] = {}
+    for number in range(1, options.starts + 1):
+        with scratch() as folder:
+            said = f"start {number} of {options.starts}"
+            figures, facts = run_once(options, chosen, folder, said)
+            found.append(figures)
+    show(chosen, found, [*starts, "tpm0", "ring"])
+    with scratch() as folder:
+        for name, start in starts.items():
+            facts[f"start of {name}"] = started(start, folder / name)
     for name, value in facts.items():
         print(f"{name}: {value}")
     if options.json:
-        figures = {measured.name: found for measured, found in rows}
-        options.json.write_text(json.dumps({"microseconds": figures, "stack": facts}, indent=2))
+        options.json.write_text(json.dumps({"microseconds": found, "stack": facts}, indent=2))
 
 
 if __name__ == "__main__":

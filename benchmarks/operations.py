@@ -31,7 +31,7 @@ from tpm12.crypto import sha1
 
 Operation = Callable[[], int]
 SRK = int(KeyHandleValue.SRK)
-NV_OWNER, NV_AUTH = 0x00011101, 0x00011103
+NV_OWNER, NV_AUTH, NV_FREE = 0x00011101, 0x00011103, 0x00011104
 DATA = [bytes([i]) + bytes(range(31)) for i in range(2)]
 
 
@@ -41,6 +41,14 @@ class SystemRng:
     def random(self, size: int, /) -> bytes:
         """Give `size` bytes."""
         return os.urandom(size)
+
+
+_ATTRIBUTES = {
+    NV_OWNER: NvAttribute.OWNERWRITE | NvAttribute.OWNERREAD,
+    NV_AUTH: NvAttribute.AUTHWRITE | NvAttribute.AUTHREAD,
+    NV_FREE: NvAttribute.OWNERWRITE,
+}
+"""Of the areas that are measured; what has no right to read it is read by anyone."""
 
 
 class Endpoint:
@@ -102,12 +110,7 @@ class Endpoint:
     def area(self, index: int) -> int:
         """A defined NV area of 32 bytes."""
         if index not in self._areas:
-            attributes = (
-                NvAttribute.OWNERWRITE | NvAttribute.OWNERREAD
-                if index == NV_OWNER
-                else NvAttribute.AUTHWRITE | NvAttribute.AUTHREAD
-            )
-            self.tpm.nv_define_space(index, 32, int(attributes))
+            self.tpm.nv_define_space(index, 32, int(_ATTRIBUTES[index]))
             self._areas.add(index)
         return index
 
@@ -186,6 +189,36 @@ def _nv_write(ordinal: int, index: int) -> Callable[[Endpoint], Operation]:
         return lambda: endpoint.taking(write)
 
     return make
+
+
+def _nv_read_free(endpoint: Endpoint) -> Operation:
+    index = endpoint.area(NV_FREE)
+    endpoint.tpm.nv_write_value(index, DATA[0])
+    return plain(Ordinal.NV_READ_VALUE, nv_index=index, offset=0, data_size=32)(endpoint)
+
+
+def _context(endpoint: Endpoint) -> Operation:
+    tpm, key = endpoint.tpm, endpoint.key()
+
+    def save_and_load() -> int:
+        saved = tpm.call(
+            Ordinal.SAVE_CONTEXT, handle=key, resource_type=ResourceType.KEY, label=bytes(16)
+        )
+        loaded = tpm.call(
+            Ordinal.LOAD_CONTEXT,
+            entity_handle=0,
+            keep_handle=False,
+            context_blob=saved.context_blob,
+        )
+        return int(loaded.handle)
+
+    def run() -> int:
+        handles: list[int] = []
+        took = endpoint.taking(lambda: handles.append(save_and_load()))
+        tpm.flush_specific(handles[0], ResourceType.KEY)
+        return took
+
+    return run
 
 
 def _sha1(endpoint: Endpoint) -> Operation:
@@ -279,6 +312,7 @@ OPERATIONS = (
             lambda e: {"nv_index": e.area(NV_OWNER), "offset": 0, "data": DATA[0]},
         ),
     ),
+    Measured("nv_read_free", "NV_ReadValue 32 B, nobody's", _nv_read_free),
     Measured(
         "nv_read_owner",
         "NV_ReadValue 32 B, owner",
@@ -298,6 +332,7 @@ OPERATIONS = (
         authorized(Ordinal.INCREMENT_COUNTER, lambda e: {"count_id": e.counter()}),
     ),
     Measured("sha1", "SHA1Start + Update + Complete", _sha1),
+    Measured("context", "SaveContext + LoadContext (its flush untimed)", _context),
     Measured("seal", "Seal (its OSAP untimed)", _seal),
     Measured("unseal", "Unseal", _unseal),
     Measured(
