@@ -84,10 +84,12 @@ class AuthBlock:
         "session",
     )
 
-    def __init__(self, handle: int, nonce_odd: bytes, continues: bool, mac: bytes) -> None:
+    def __init__(self, handle: int, nonce_odd: bytes, continues: int, mac: bytes) -> None:
+        if continues > 1:
+            raise TpmError(ReturnCode.BAD_PARAMETER, "a BOOL other than 0 or 1")
         self.handle = handle
         self.nonce_odd = nonce_odd
-        self.continues = continues
+        self.continues = continues == 1
         self.mac = mac
         self.session: Session | None = None
         self.hmac: HmacKey | None = None
@@ -137,13 +139,11 @@ def read_blocks(data: bytes, at: int, count: int) -> list[AuthBlock]:
     """
     if at + AUTH_REQUEST_BYTES * count != len(data):
         raise TpmError(ReturnCode.BAD_PARAM_SIZE, "the request does not end with its auth blocks")
-    blocks = []
-    for start in (at,) if count == 1 else range(at, len(data), AUTH_REQUEST_BYTES):
-        handle, nonce_odd, continues, mac = _read_block(data, start)
-        if continues > 1:
-            raise TpmError(ReturnCode.BAD_PARAMETER, "a BOOL other than 0 or 1")
-        blocks.append(AuthBlock(handle, nonce_odd, continues == 1, mac))
-    return blocks
+    if count == 1:
+        return [AuthBlock(*_read_block(data, at))]
+    return [
+        AuthBlock(*_read_block(data, start)) for start in range(at, len(data), AUTH_REQUEST_BYTES)
+    ]
 
 
 Declared = Sequence[tuple["AuthBy", AuthBlock | None]]
@@ -258,8 +258,7 @@ class Authorized:
         """
         if self.tpm.permanent.owner_auth is None:
             raise TpmError(ReturnCode.NOSRK)
-        by, block, position = self._declared_use(over)
-        self._verify_owner(by, block, position)
+        self._verify_owner(*self._declared_use(over))
 
     # -- for the dispatcher ------------------------------------------------------------------
 
@@ -345,15 +344,14 @@ class Authorized:
         return session
 
     def _verify_owner(self, by: AuthBy, block: AuthBlock, position: int) -> None:
-        session = self._find(by, block)
-        owner_auth = self.tpm.permanent.owner_auth
+        session, tpm = self._find(by, block), self.tpm
+        owner_auth = tpm.permanent.owner_auth
         if owner_auth is None:
             raise TpmError(ReturnCode.NOSRK)
         secret, entity = hmac_key(owner_auth), None
         if session.protocol != OIAP:
             entity = owner_entity(owner_auth)
-        elif self.tpm.stclear.owner_reference != _OWNER_ITSELF:
-            row_index = self.tpm.stclear.owner_reference
+        elif (row_index := tpm.stclear.owner_reference) != _OWNER_ITSELF:
             secret = self._delegates_secret(block, row_index, by.failure(position))
         self._verify(by, block, session, secret, entity, position)
 

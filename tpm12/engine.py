@@ -153,7 +153,7 @@ class Engine:
                 # them is found by the way that all others go.
                 operands = command.takes.__wire_operands__(request)  # type: ignore[attr-defined]
             if operands is None:
-                response = self._run(tpm, command, request, blocks)
+                response = self._run(tpm, command, request, tag, blocks)
             else:
                 results = command.handler(tpm, operands, self._unauthorized)  # type: ignore[union-attr]
                 response = _DONE if results is None else results.__wire_frame__(_RESPONSE, 0)
@@ -175,7 +175,12 @@ class Engine:
         return self._changed(tpm, before, response)
 
     def _run(  # noqa: C901, PLR0912 - the steps in a row; a call for each costs double
-        self, tpm: Tpm, command: Command | None, request: bytes, blocks: list[AuthBlock]
+        self,
+        tpm: Tpm,
+        command: Command | None,
+        request: bytes,
+        tag: int,
+        blocks: list[AuthBlock],
     ) -> bytes:
         """Run a command of any kind, with all checks.
 
@@ -183,20 +188,21 @@ class Engine:
             tpm: Its draft.
             command: None: something in the state may be in its way, or there is no such command.
             request: The whole frame.
+            tag: Of its header.
             blocks: Takes its auth blocks, also when it then fails.
         """
-        tag, size, ordinal = _read_header(request)
         if command is not None:
             # What `_begin` would look for is not there, and was found not to be in one go.
             operands, at = command.takes.__wire_decode__(request, HEADER_BYTES)  # type: ignore[attr-defined]
             is_audited = command.is_audited_at_factory
         else:
+            ordinal = int.from_bytes(request[6:HEADER_BYTES], "big")
             command, operands, at, is_audited = _begin(tpm, self._table.get(ordinal), request)
         if tag not in command.sessions_by_tag:
             raise TpmError(ReturnCode.BADTAG)
         if tag != _REQUEST:
             blocks += read_blocks(request, at, tag - _REQUEST)
-        elif at != size:
+        elif at != len(request):
             raise TpmError(ReturnCode.BAD_PARAM_SIZE)
         in_digest = b""
         if blocks or is_audited:  # neither the header nor the handles are hashed
@@ -544,6 +550,5 @@ def _signed(command: Command, results: Any, auth: Authorized) -> bytes:  # noqa:
     blocks = auth.blocks
     handles = 4 * command.handles_out
     digest = sha1(command.digest_prefix + (body[handles:] if handles else body))
-    signed = auth.sign_response(blocks, digest)
-    size = HEADER_BYTES + len(body) + len(signed)
-    return _header(_RESPONSE + len(blocks), size, 0) + body + signed
+    body += auth.sign_response(blocks, digest)
+    return _header(_RESPONSE + len(blocks), HEADER_BYTES + len(body), 0) + body
