@@ -34,6 +34,8 @@ _RECORD: Final = struct.Struct(">HII")
 _SECTION_IDS: Final[dict[type, int]] = {Permanent: 1, StClear: 2, StAny: 3, Volatile: 4}
 _FIELDS: Final = {section: stored_fields(section) for section in _SECTION_IDS}
 _INT_BYTES: Final = 8
+_NUMBER: Final = struct.Struct(">HIIQ")
+"""A record of an integer or a boolean, with its value."""
 _REMOVED: Final = 0xFFFFFFFF
 """In a delta, the size of a record that takes its entry away."""
 
@@ -44,14 +46,7 @@ class StateError(Exception):
 
 def encode_section(section: object) -> bytes:
     """Write a whole section."""
-    out = [_HEAD.pack(VERSION, _SECTION_IDS[type(section)])]
-    writers = _WRITERS[type(section)]
-    for name, declared in _FIELDS[type(section)]:
-        value = getattr(section, name)
-        for key, entry in _entries(declared, value).items():
-            data = writers[declared.number](entry)
-            out.append(_RECORD.pack(declared.number, key, len(data)) + data)
-    return b"".join(out)
+    return _ENCODINGS[type(section)](section)
 
 
 def decode_section(section_type: type[S], data: bytes) -> S:
@@ -140,50 +135,59 @@ def _remove(section: object, name: str, declared: Stored, key: int) -> None:
         setattr(section, name, None)
 
 
-def _entries(declared: Stored, value: Any) -> dict[int, Any]:  # noqa: ANN401 - any stored value
-    if declared.is_map:
-        return cast("dict[int, Any]", value)
-    return {} if value is None else {0: value}
+# -- writing, compiled -----------------------------------------------------------------------------
 
-
+_Record = Callable[[int, Any], bytes]
+"""Writes one record of a field, from its key and its value."""
+_Records = Callable[[Any], bytes]
+"""Writes all records of a field, from its value."""
 _Changes = Callable[[Any, Any], bytes]
-"""Gives the records of a field from its value before and another one after."""
+"""Writes the records in which two values of a field differ, the one before and the one after."""
 
 
-def _writer(codec: Any) -> Callable[[Any], bytes]:  # noqa: ANN401 - see `Stored`
+def _record(declared: Stored) -> _Record:
+    number, codec, head = declared.number, declared.codec, _RECORD.pack
     if codec is bytes:
-        return bytes
+        return lambda key, value: head(number, key, len(value)) + value
     if codec is int or codec is bool:
-        return lambda value: int(value).to_bytes(_INT_BYTES, "big")
-    if codec is LoadedKey or codec is Sha1Thread:
-        return cast("Callable[[Any], bytes]", codec.to_bytes)
-    return encode
+        whole = _NUMBER.pack
+        return lambda key, value: whole(number, key, _INT_BYTES, value)
+    write = codec.to_bytes if codec is LoadedKey or codec is Sha1Thread else encode
+
+    def record(key: int, value: Any) -> bytes:  # noqa: ANN401 - of the codec
+        data = write(value)
+        return head(number, key, len(data)) + data
+
+    return record
+
+
+def _records_of(declared: Stored) -> _Records:
+    record = _record(declared)
+    if declared.is_map:
+        return lambda table: b"".join([record(key, entry) for key, entry in table.items()])
+    return lambda value: b"" if value is None else record(0, value)
+
+
+def _removal(declared: Stored, key: int) -> bytes:
+    return _RECORD.pack(declared.number, key, _REMOVED)
 
 
 def _value_changes(declared: Stored) -> _Changes:
-    number, write, record = declared.number, _writer(declared.codec), _RECORD.pack
-
-    def changes(_: object, new: object) -> bytes:
-        if new is None:
-            return record(number, 0, _REMOVED)
-        data = write(new)
-        return record(number, 0, len(data)) + data
-
-    return changes
+    record, removed = _record(declared), _removal(declared, 0)
+    return lambda _, new: removed if new is None else record(0, new)
 
 
 def _map_changes(declared: Stored) -> _Changes:
-    number, write, record = declared.number, _writer(declared.codec), _RECORD.pack
+    record = _record(declared)
 
     def changes(old: dict[int, Any], new: dict[int, Any]) -> bytes:
         found = b""
         for key, entry in new.items():
             if old.get(key) is not entry:
-                data = write(entry)
-                found += record(number, key, len(data)) + data
+                found += record(key, entry)
         for key in old:
             if key not in new:
-                found += record(number, key, _REMOVED)
+                found += _removal(declared, key)
         return found
 
     return changes
@@ -191,16 +195,14 @@ def _map_changes(declared: Stored) -> _Changes:
 
 def _bank_changes(declared: Stored) -> _Changes:
     """For a map that has the same keys for ever: of 24 PCRs one has changed, as a rule."""
-    number, write, record = declared.number, _writer(declared.codec), _RECORD.pack
-    other_changes = _map_changes(declared)
+    record, other_changes = _record(declared), _map_changes(declared)
 
     def changes(old: dict[int, Any], new: dict[int, Any]) -> bytes:
         if len(old) != len(new):
             return other_changes(old, new)
         found = b""
         for key in compress(new, map(is_not, old.values(), new.values())):
-            data = write(new[key])
-            found += record(number, key, len(data)) + data
+            found += record(key, new[key])
         return found
 
     return changes
@@ -212,13 +214,24 @@ def _changes(declared: Stored) -> _Changes:
     return _bank_changes(declared) if declared.has_fixed_keys else _map_changes(declared)
 
 
+def _compile_encoding(section: type) -> _Records:
+    """Make `encode_section` of a section."""
+    namespace: dict[str, Any] = {"head": _HEAD.pack(VERSION, _SECTION_IDS[section])}
+    pieces = ["head"]
+    for name, declared in _FIELDS[section]:
+        namespace[f"_{name}"] = _records_of(declared)
+        pieces.append(f"_{name}(section.{name})")
+    source = ["def encode(section):", f"    return b''.join(({', '.join(pieces)}))"]
+    return cast("_Records", _compiled(source, namespace, section))
+
+
 def _compile_delta(section: type) -> _Changes:
     """Make `delta` of a section: its head, and the records of all fields that are other objects.
 
-    Straight-line code, as a section's `clone()`: it runs with every command that is journaled.
+    It runs with every command that is journaled.
     """
-    source = ["def delta(before, after):", "    found = b''"]
     namespace: dict[str, Any] = {"head": _HEAD.pack(VERSION, _SECTION_IDS[section])}
+    source = ["def delta(before, after):", "    found = b''"]
     for name, declared in _FIELDS[section]:
         namespace[f"_{name}"] = _changes(declared)
         source += [
@@ -226,15 +239,21 @@ def _compile_delta(section: type) -> _Changes:
             f"        found += _{name}(before.{name}, after.{name})",
         ]
     source.append("    return head + found if found else found")
-    exec(compile("\n".join(source), f"<delta {section.__qualname__}>", "exec"), namespace)  # noqa: S102 - made here from declarations
-    return cast("_Changes", namespace["delta"])
+    return cast("_Changes", _compiled(source, namespace, section))
 
 
-_WRITERS: Final = {
-    section: {declared.number: _writer(declared.codec) for _, declared in _FIELDS[section]}
-    for section in _SECTION_IDS
-}
+def _compiled(source: list[str], namespace: dict[str, Any], section: type) -> object:
+    """The function of a section that straight-line code gives, as its `clone()` is one."""
+    code = compile("\n".join(source), f"<codec {section.__qualname__}>", "exec")
+    exec(code, namespace)  # noqa: S102 - made here from declarations
+    return namespace[source[0].removeprefix("def ").partition("(")[0]]
+
+
+_ENCODINGS: Final = {section: _compile_encoding(section) for section in _SECTION_IDS}
 _DELTAS: Final = {section: _compile_delta(section) for section in _SECTION_IDS}
+
+
+# -- reading ---------------------------------------------------------------------------------------
 
 
 def _from_bytes(declared: Stored, data: bytes, name: str) -> Any:  # noqa: ANN401 - any stored value
