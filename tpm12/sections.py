@@ -31,18 +31,21 @@ class Stored:
         number: Its record number within the section.
         codec: What one value is: `bytes`, `int`, `bool`, or a class with to_bytes / from_bytes.
         is_map: The field is a dict from a u32 to such values; each entry is a record of its own.
+        may_be_none: The field may have no value at all, and then has no record.
         has_fixed_keys: Once such a dict has keys, all that follow have the same, in the same order.
     """
 
     number: int
     codec: Any
     is_map: bool = False
+    may_be_none: bool = False
     has_fixed_keys: bool = False
 
 
 def stored(number: int, codec: object, *, default: object) -> Any:  # noqa: ANN401 - like dataclasses.field
-    """A field with one value, or None when there is none."""
-    return field(default=cast("Any", default), metadata={_STORED: Stored(number, codec)})
+    """A field with one value, or None when there is none: then that is its default."""
+    declared = Stored(number, codec, may_be_none=default is None)
+    return field(default=cast("Any", default), metadata={_STORED: declared})
 
 
 def stored_map(

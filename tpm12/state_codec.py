@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from functools import partial
 from itertools import compress
 from operator import is_not
 from typing import Any, Final, TypeVar, cast
@@ -131,6 +132,8 @@ def _remove(section: object, name: str, declared: Stored, key: int) -> None:
     if declared.is_map:
         table = {k: v for k, v in getattr(section, name).items() if k != key}
         setattr(section, name, table)
+    elif key or not declared.may_be_none:
+        raise StateError(f"{name} is one value, which cannot be taken away")
     else:
         setattr(section, name, None)
 
@@ -165,6 +168,8 @@ def _records_of(declared: Stored) -> _Records:
     record = _record(declared)
     if declared.is_map:
         return lambda table: b"".join([record(key, entry) for key, entry in table.items()])
+    if not declared.may_be_none:
+        return partial(record, 0)
     return lambda value: b"" if value is None else record(0, value)
 
 

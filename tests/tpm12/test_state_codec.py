@@ -1,5 +1,7 @@
 """State as bytes: round trips, deltas, and refusal of everything that is not understood."""
 
+import struct
+
 import pytest
 
 from protocol.structures import UNRESTRICTED_PCR_INFO, NvAttributes, NvDataPublic
@@ -84,6 +86,21 @@ def test_delta_of_the_bank_holds_the_pcrs_that_changed(before, after, records):
     assert len(changed) <= 4 + records * 30
     assert apply_delta(was, changed).pcrs == after
     assert was.pcrs == before
+
+
+@pytest.mark.parametrize(
+    ("section", "number", "key"),
+    [
+        (StClear, 1, 0),  # contextNonceKey
+        (StClear, 39, 0),  # failed tries
+        (Permanent, 4, 1),  # ownerAuth is no table
+    ],
+)
+def test_delta_that_takes_away_what_is_always_there_is_refused(section, number, key):
+    head = {Permanent: 1, StClear: 2}[section]
+    taken_away = struct.pack(">HHHII", 1, head, number, key, 0xFFFFFFFF)
+    with pytest.raises(StateError, match="cannot be taken away"):
+        apply_delta(section(), taken_away)
 
 
 def test_every_prefix_is_refused_or_loses_whole_records_only():
