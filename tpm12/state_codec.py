@@ -138,6 +138,30 @@ def _remove(section: object, name: str, declared: Stored, key: int) -> None:
         setattr(section, name, None)
 
 
+def _from_bytes(declared: Stored, data: bytes, name: str) -> Any:  # noqa: ANN401 - any stored value
+    codec = declared.codec
+    if codec is bytes:
+        return data
+    if codec is int or codec is bool:
+        if len(data) != _INT_BYTES:
+            raise StateError(f"{name} is no number")
+        number = int.from_bytes(data, "big")
+        if codec is int:
+            return number
+        if number > 1:
+            raise StateError(f"{name} is neither true nor false")
+        return bool(number)
+    try:
+        if codec is LoadedKey:
+            return LoadedKey.from_bytes(data)
+        if codec is Sha1Thread:
+            return Sha1Thread.from_bytes(data)
+        assert wire_fields(codec)
+        return decode(codec, data)
+    except (DecodeError, TpmError, ValueError) as error:
+        raise StateError(f"{name} is malformed: {error}") from error
+
+
 # -- writing, compiled -----------------------------------------------------------------------------
 
 _Record = Callable[[int, Any], bytes]
@@ -256,30 +280,3 @@ def _compiled(source: list[str], namespace: dict[str, Any], section: type) -> ob
 
 _ENCODINGS: Final = {section: _compile_encoding(section) for section in _SECTION_IDS}
 _DELTAS: Final = {section: _compile_delta(section) for section in _SECTION_IDS}
-
-
-# -- reading ---------------------------------------------------------------------------------------
-
-
-def _from_bytes(declared: Stored, data: bytes, name: str) -> Any:  # noqa: ANN401 - any stored value
-    codec = declared.codec
-    if codec is bytes:
-        return data
-    if codec is int or codec is bool:
-        if len(data) != _INT_BYTES:
-            raise StateError(f"{name} is no number")
-        number = int.from_bytes(data, "big")
-        if codec is int:
-            return number
-        if number > 1:
-            raise StateError(f"{name} is neither true nor false")
-        return bool(number)
-    try:
-        if codec is LoadedKey:
-            return LoadedKey.from_bytes(data)
-        if codec is Sha1Thread:
-            return Sha1Thread.from_bytes(data)
-        assert wire_fields(codec)
-        return decode(codec, data)
-    except (DecodeError, TpmError, ValueError) as error:
-        raise StateError(f"{name} is malformed: {error}") from error
