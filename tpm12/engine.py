@@ -196,8 +196,7 @@ class Engine:
             operands, at = command.takes.__wire_decode__(request, HEADER_BYTES)  # type: ignore[attr-defined]
             is_audited = command.is_audited_at_factory
         else:
-            ordinal = int.from_bytes(request[6:HEADER_BYTES], "big")
-            command, operands, at, is_audited = _begin(tpm, self._table.get(ordinal), request)
+            command, operands, at, is_audited = _begin(tpm, self._table, request)
         if tag not in command.sessions_by_tag:
             raise TpmError(ReturnCode.BADTAG)
         if tag != _REQUEST:
@@ -421,13 +420,16 @@ def _is_stclear_held(stclear: StClear) -> object:
     return stclear.deactivated or stclear.failed_tries or stclear.disable_reset_lock
 
 
-def _begin(tpm: Tpm, command: Command | None, request: bytes) -> tuple[Command, object, int, bool]:
+def _begin(
+    tpm: Tpm, commands: Mapping[int, Command], request: bytes
+) -> tuple[Command, object, int, bool]:
     """Begin a command on a TPM in any state: end what it ends, read its operands, pass the gates.
 
     Returns:
         The command, its operands and where they end, and whether the command is audited.
     """
     tag, _, ordinal = _read_header(request)
+    command = commands.get(ordinal)
     if (
         tpm.volatile.sha1_thread is not None
         or tpm.permanent.saved_state is not None
