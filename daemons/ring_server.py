@@ -507,6 +507,7 @@ class _Carrier:
                     return None
                 response = CANCELLED
             else:
+                # Looked at here as well: calls that find nothing to tell would show in a command.
                 begun = command_log.begin() if logs.telling.debug else 0.0
                 response = self._backend.execute(
                     peer, submitted.packet, submitted.locality, sequence
